@@ -1,0 +1,67 @@
+# `make demo` and `make test` need nothing but make and a Python >= 3.11.
+
+# The newest interpreter that runs: a shim that only answers "command not found", or a
+# build without ssl, does not count. PATH first, then pyenv's versions.
+FIND_PYTHON = for python in \
+	  $$(for minor in 15 14 13 12 11; do echo python3.$$minor; done) python3 python \
+	  "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python; do \
+	"$$python" -c 'import sys, ssl, sqlite3, lzma, ctypes, venv, ensurepip; \
+	  v = sys.version_info; \
+	  $(1) and print(v.minor, getattr(sys, "_base_executable", "") or sys.executable)' \
+	  2>/dev/null; done | sort -s -n -r -k1,1 | head -n 1 | cut -d" " -f2-
+
+PYTHON ?= $(shell $(call FIND_PYTHON,v >= (3, 11)))
+OLDEST ?= $(shell $(call FIND_PYTHON,v[:2] == (3, 11)))
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+BIN = .venv/bin
+WORKERS ?= 2
+
+.PHONY: demo test check test-oldest results catalogue clean
+
+demo: .venv/installed
+	$(BIN)/python -m experiments.vae.iwae demo
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake tests jaxzoo notebooks
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyright
+	$(BIN)/python -m jaxzoo.catalogue --check
+
+# SUBSET=... takes a part of the suite.
+SUBSET ?= tests jaxzoo
+ifeq ($(OLDEST),)
+test-oldest:
+	@echo "No Python 3.11 here: nothing was tested. make test-oldest OLDEST=/path/to/python3.11"
+else
+test-oldest: .venv-oldest/installed-dev
+	.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) $(SUBSET)
+endif
+
+# The committed record of every experiment, measured again.
+results: .venv/installed
+	$(BIN)/python -m experiments run --all
+	$(BIN)/python -m experiments record
+	$(BIN)/python -m jaxzoo.catalogue
+
+clean:
+	rm -rf .venv .venv-oldest runs build dist
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or make PYTHON=/path/to/python." >&2; exit 1; }
+	@echo "Installing jaxzoo with $(PYTHON) into .venv: a minute or two, the first time."
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python $(PIP_INSTALL) --editable ".[dev]"
+	@touch $@
+
+.venv-oldest/installed-dev: pyproject.toml
+	"$(OLDEST)" -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) --editable ".[dev]"
+	@touch $@

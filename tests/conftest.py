@@ -1,0 +1,23 @@
+"""Eight pretend CPU devices, strict shapes and exact matrix products for every test."""
+
+import os
+
+# Before jax is imported. NPROC: with two real cores, older jax deadlocks on collectives
+# between pretend devices unless its thread pool is larger.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("NPROC", "16")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
