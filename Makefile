@@ -46,6 +46,7 @@ results: .venv/installed
 	$(BIN)/python -m experiments run --all
 	$(BIN)/python -m experiments record
 	$(BIN)/python -m jaxzoo.catalogue
+	$(BIN)/python tests/test_readme.py
 
 clean:
 	rm -rf .venv .venv-oldest runs build dist

@@ -168,7 +168,7 @@ def test_masked_examples_are_inert():
     kept = jnp.asarray(LOG_W)[:, np.asarray(mask)]
     for estimator in ("iwae", "dreg"):
 
-        def loss(log_w, where=None, estimator=estimator):
+        def loss(log_w, where=None, estimator: Any = estimator):
             return iwae_loss(log_w, where=where, estimator=estimator)[0]
 
         value, gradient = jax.value_and_grad(loss)(spoilt, mask)

@@ -1,0 +1,330 @@
+"""What a run leaves behind: one folder with settings, metrics, pictures and claims.
+
+    config.json  env.json  metrics.jsonl  checkpoints/  *.png  report.json  report.html
+
+`Run` writes; nothing else in jaxzoo does. A folder without report.json is an unfinished
+run, which the same settings continue.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxzoo.training.page import page
+from jaxzoo.training.progress import Progress
+
+if TYPE_CHECKING:  # matplotlib takes 0.3 s to import, and most of a run draws nothing
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+__all__ = ["Claim", "Figure", "Report", "Run", "RunFolderError"]
+
+
+class Claim(NamedTuple):
+    """A paper's statement in miniature, with the number that was measured.
+
+    Attributes:
+        text: the statement, readable on its own.
+        measured: the number, with `stderr` over seeds or draws where it is random.
+        bound: what the number has to satisfy, such as ">= 0.5".
+        holds: whether it does.
+        stderr: standard error of `measured`, or None.
+    """
+
+    text: str
+    measured: float
+    bound: str
+    holds: bool
+    stderr: float | None = None
+
+
+class Figure(NamedTuple):
+    """A picture in the run's folder."""
+
+    file: str
+    title: str
+    caption: str
+
+
+class Report(NamedTuple):
+    """What an experiment's `main` returns.
+
+    Attributes:
+        claims: at least one.
+        metrics: numbers (or short strings) worth comparing between runs, by name.
+        figures: as `Run.figure` returned them.
+    """
+
+    claims: Sequence[Claim]
+    metrics: Mapping[str, float | int | str]
+    figures: Sequence[Figure] = ()
+
+
+class RunFolderError(Exception):
+    """The folder cannot take this run; the message says why and what to do."""
+
+
+class Run:
+    """The open folder of one run.
+
+    Args:
+        folder: where everything is written.
+        topic: the experiment's topic.
+        slug: the experiment's slug.
+        title: one line on what it is.
+        preset: name of the preset that the settings began from.
+        config: the settings, a dataclass.
+        fresh: forget an earlier run in the folder, also an unfinished one.
+
+    Raises:
+        RunFolderError: the folder holds something else, or an unfinished run with other
+            settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        topic: str,
+        slug: str,
+        title: str,
+        preset: str,
+        config: Any,
+        fresh: bool = False,
+    ):
+        self.folder = folder.resolve()
+        # A text such as "[a, b]" or ":x:" is no markup.
+        self.console = Console(markup=False, emoji=False)
+        self._began = time.monotonic()
+        self._head = {"slug": slug, "topic": topic, "title": title, "preset": preset}
+        self._config = _plain(dataclasses.asdict(config))
+        settings = {**self._head, "config": self._config}
+        self.resumed = self._claim_folder(settings, fresh)
+        # Seconds of the sittings before this one, so that "minutes" stays honest.
+        self._earlier = _read(self.folder / "env.json").get("seconds", 0.0)
+        self._environment = environment()
+        _write(self.folder / "config.json", settings)
+        self._save_environment()
+
+    def _claim_folder(self, settings: dict[str, Any], fresh: bool) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = _read(self.folder / "config.json")
+        # Other programs write a config.json too.
+        ours = known.keys() == settings.keys()
+        if not ours and any(self.folder.iterdir()):
+            raise RunFolderError(
+                f"{self.folder} is not empty and is not a run's folder: "
+                "name another one by --run-dir."
+            )
+        report = _read(self.folder / "report.json")
+        if ours and not report and not fresh:
+            difference = _difference(known, settings)
+            if not difference:
+                self._drop_half_line()
+                return True
+            raise RunFolderError(
+                f"{self.folder} holds an unfinished run with other settings "
+                f"({difference}): give those to continue it, --fresh to begin again, "
+                "or another --run-dir."
+            )
+        self._remove_what_runs_write(report)
+        return False
+
+    def _remove_what_runs_write(self, report: dict[str, Any]) -> None:
+        # config.json last: a kill in between leaves the folder of a run.
+        figures = [Path(figure["file"]).name for figure in report.get("figures", ())]
+        for name in ("report.json", "report.html", *figures):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for name in ("metrics.jsonl", "env.json", "config.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _drop_half_line(self) -> None:
+        # A kill in the middle of `log`: the next line would go on in the same one.
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        if text and not text.endswith("\n"):
+            _replace(path, text[: text.rfind("\n") + 1])
+
+    def _save_environment(self) -> None:
+        seconds = self._earlier + time.monotonic() - self._began
+        _write(self.folder / "env.json", {**self._environment, "seconds": seconds})
+
+    def log(self, fit: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
+        line = json.dumps(_plain({"fit": fit, "step": step, **metrics}))
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(line + "\n")
+        self._save_environment()  # how long this sitting was, wherever it ends
+
+    def history(self, fit: str) -> dict[str, np.ndarray]:
+        """What was logged of one fit: each name with its values over the log steps."""
+        rows = [row for row in self._rows() if row["fit"] == fit]
+        names = [name for name in rows[0] if name != "fit"] if rows else []
+        # None, which NaN became, is NaN again.
+        return {
+            name: np.array(values, float if None in values else None)
+            for name in names
+            for values in [[row[name] for row in rows]]
+        }
+
+    def forget_after(self, fit: str, step: int) -> None:
+        """Drops the lines of a fit beyond a step: they will be computed again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = [r for r in self._rows() if r["fit"] != fit or r["step"] <= step]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the line that a kill cut short
+                continue
+        return rows
+
+    def progress(self, name: str, start: int, total: int, show: str | None) -> Progress:
+        """A progress bar on this run's terminal, plain lines elsewhere."""
+        return Progress(self.console, name, start, total, show)
+
+    def say(self, text: str) -> None:
+        """One line to the person who watches."""
+        # Not wrapped: a path in it stays whole.
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Prints a table; the first column is text, the others are numbers."""
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def figure(
+        self, name: str, figure: "MatplotlibFigure", *, title: str, caption: str
+    ) -> Figure:
+        """Saves a picture as `name`.png and closes it."""
+        # Without its version string matplotlib writes the same bytes for the same plot.
+        figure.savefig(
+            self.folder / f"{name}.png",
+            dpi=110,
+            bbox_inches="tight",
+            metadata={"Software": None},
+        )
+        figure.clear()
+        return Figure(f"{name}.png", title, caption)
+
+    def finish(self, report: Report) -> bool:
+        """Writes report.json and report.html, prints the claims; True if all hold."""
+        record = {
+            **self._head,
+            "config": self._config,
+            "claims": [claim._asdict() for claim in report.claims],
+            "metrics": dict(report.metrics),
+            "figures": [figure._asdict() for figure in report.figures],
+            "seconds": round(self._earlier + time.monotonic() - self._began, 1),
+            **self._environment,
+            "status": "finished",
+        }
+        record = _plain(record)
+        _write(self.folder / "report.json", record)
+        html = page([{**record, "folder": self.folder}], title=self._head["title"])
+        _replace(self.folder / "report.html", html)
+        self.table(
+            f"Claims of {self._head['topic']}/{self._head['slug']}",
+            ("claim", "measured", "bound", "holds"),
+            [
+                (
+                    claim.text,
+                    f"{claim.measured:.4g}"
+                    + ("" if claim.stderr is None else f" ± {claim.stderr:.2g}"),
+                    claim.bound,
+                    "yes" if claim.holds else "NO",
+                )
+                for claim in report.claims
+            ],
+        )
+        self.say(f"{record['seconds']:.0f} s. Report: {self.folder / 'report.html'}")
+        return all(claim.holds for claim in report.claims)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a figure depends on beside its settings."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {"python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in packages}
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    kind = f"{cores or os.cpu_count()} cores" if device.platform == "cpu" else ""
+    words = (str(jax.device_count()), device.platform, kind or device.device_kind)
+    return {"versions": versions, "device": " x ".join(words), "commit": _commit()}
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed: a repository around it is not ours
+        return "unknown"
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that JSON has; NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # damaged, or not even text
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(path: Path, value: Any) -> None:
+    _replace(path, json.dumps(value, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # A reader, or a run that goes on after a kill, never sees half a file.
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    flat = [{**settings, **settings.get("config", {})} for settings in (known, wanted)]
+    names = [n for n in {**flat[1], **flat[0]} if n not in {"config", "title"}]
+    pairs = [(name, *(f.get(name, "nothing") for f in flat)) for name in names]
+    return ", ".join(f"{n}: {a} there, {b} here" for n, a, b in pairs if a != b)
