@@ -5,11 +5,11 @@ Claims: on a linear-Gaussian model L_1 <= L_5 <= L_50 <= log p(x) and L_5000 is 
 unbiased and lose their variance at the true posterior; training by L_50 gives a
 held-out log-likelihood no lower than training by the ELBO.
 
-    python -m experiments.vae.iwae full    # 8x8 digits, 5 seeds: 2 minutes on 2 cores
-    python -m experiments.vae.iwae demo    # Fashion-MNIST, 3 seeds: 1.5 minutes
+    python -m experiments.vae.iwae full    # 8x8 digits, 5 seeds: 1 minute on 2 cores
+    python -m experiments.vae.iwae demo    # Fashion-MNIST, 3 seeds: 1 minute
     python -m experiments.vae.iwae full --stochastic-layers 2
 
-Expected of `full`: L_50 training gains about 0.3 nats on L_1 training.
+Expected: L_50 training gains 0.4 nats on ELBO training in `full`, 2.9 in `demo`.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ IWAE(64), for the same 64 samples.
 
     python -m experiments.vae.tighter_bounds full    # 3 seeds: 2 minutes on 2 cores
 
-Expected of `full`: slopes near 0.5 and -0.5.
+Expected of `full`: slopes of 0.47 and -0.45.
 """
 
 import dataclasses
