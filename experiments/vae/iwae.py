@@ -77,8 +77,8 @@ PRESETS = {
     ),
     "full": Config(),
     "demo": Config(
-        dataset="fashion_mnist", seeds=3, steps=800, batch_size=32, hidden=100,
-        eval_samples=500, eval_examples=400,
+        dataset="fashion_mnist", seeds=3, steps=1200, batch_size=32, learning_rate=3e-3,
+        latents=8, hidden=100, eval_samples=500, eval_examples=400,
     ),
 }  # fmt: skip
 
