@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function, parser=sub)
     parser.set_defaults(command=list_papers, parser=parser)
     add = made["list"].add_argument
-    add("words", nargs="*", help="looked for in slug, title, claim and authors")
+    add("words", nargs="*", help="looked for in slug, topic, title, claim and authors")
     add("--topic", help="one topic, such as vae")
     add("--tier", type=_tier, help="1 pillar, 2 widely useful, 3 special, 4 miniature")
     add("--status", help=", ".join(STATUSES))
@@ -329,7 +329,8 @@ def _find(slug: str, papers: list[Paper]) -> Paper:
 
 
 def _searched(paper: Paper) -> str:
-    return f"{paper.slug} {paper.title} {paper.claim} {paper.authors}".lower()
+    words = (paper.slug, paper.topic, paper.title, paper.claim, paper.authors)
+    return " ".join(words).lower()
 
 
 def _as_dict(paper: Paper) -> dict[str, Any]:

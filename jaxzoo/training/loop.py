@@ -126,7 +126,7 @@ def train(
         saved_at = time.monotonic()
         pending: tuple[int, int, Metrics] | None = None  # first step, end, metrics
         with (
-            _signals() as received,
+            _signals(run.say) as received,
             run.progress(name, done, num_steps, show) as progress,
         ):
 
@@ -174,7 +174,7 @@ def _check_finite(name: str, first: int, end: int, metrics: Metrics) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM; a second SIGINT goes through at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -185,6 +185,7 @@ def _signals() -> Iterator[list[int]]:
         if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signum)
+        say("Stopping after this call of steps; Ctrl-C once more stops at once.")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

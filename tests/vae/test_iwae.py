@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from jax import lax
 from numpy.testing import assert_allclose
 
@@ -213,3 +214,33 @@ def test_active_units_follow_the_variance_of_the_mean():
     mean = jax.random.normal(jax.random.key(0), (4000, 4)) * scale[None]
     assert active_units(mean).tolist() == [True, True, False, False]
     assert active_units(mean, threshold=0.1).tolist() == [True, False, False, False]
+
+
+def test_two_stochastic_layers_by_scipy():
+    """log p(x|z1) p(z1|z2) p(z2) - log q(z1|x) q(z2|z1), the chain of section 3."""
+    from experiments.vae import iwae as experiment
+
+    config = experiment.Config(stochastic_layers=2, latents=4, hidden=8)
+    nets = experiment.networks(config, 6)
+    params = experiment.init_params(nets, jax.random.key(0), 6)
+    x = (jax.random.uniform(jax.random.key(1), (5, 6)) > 0.5).astype(jnp.float32)
+    key = jax.random.key(2)
+    value = experiment.log_weight(nets, params, x, key)
+
+    def net(name, inputs):
+        return nets[name].apply(params[name], inputs)
+
+    def density(z, mean, log_std):
+        return scipy.stats.norm.logpdf(z, mean, np.exp(log_std)).sum(-1)
+
+    first, second = jax.random.split(key)
+    q1 = net("encoder", x)
+    z1 = reparameterize(first, *q1)[0]
+    q2 = net("upper_encoder", z1)
+    z2 = reparameterize(second, *q2)[0]
+    p = np.asarray(jax.nn.sigmoid(net("decoder", z1)))
+    expected = np.log(np.where(x == 1, p, 1 - p)).sum(-1)
+    expected += density(z1, *net("lower_prior", z2)) + density(z2, 0.0, 0.0)
+    expected -= density(z1, *q1) + density(z2, *q2)
+    assert z2.shape == (5, 2)
+    assert_allclose(value, expected, rtol=1e-5)
