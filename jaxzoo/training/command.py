@@ -79,15 +79,27 @@ def experiment(
         _fail(f"cannot write to --run-dir {options.run_dir}: {error.strerror}.")
     if run.resumed:
         run.say(f"Going on with the unfinished run in {run.folder}.")
+    # Between the loops, which handle it themselves, SIGTERM ends as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         holds = run.finish(main(options.config, run))
     except Stopped as stopped:
         run.say(f"{stopped} The same command goes on from there.")
         sys.exit(EXIT_SIGINT if stopped.signum == signal.SIGINT else EXIT_SIGTERM)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
         run.say("Stopped. The same command goes on from the last checkpoint.")
-        sys.exit(EXIT_SIGINT)
+        sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(0 if holds else EXIT_FAILED)
+
+
+class _Terminated(Exception):
+    """SIGTERM came outside a loop."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 def _fail(sentence: str) -> None:

@@ -119,9 +119,8 @@ def train(
 
     compiled = jax.jit(call)
     with Checkpoints(run.folder / "checkpoints" / name) as checkpoints:
-        done = checkpoints.latest() or 0
-        if done:
-            state = checkpoints.restore(done, state)
+        restored = checkpoints.restore_latest(state)
+        done, state = restored or (0, state)
         run.forget_after(name, done)
         saved_at = time.monotonic()
         pending: tuple[int, int, Metrics] | None = None  # first step, end, metrics

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxzoo.training.lock import FolderInUseError, hold, release
 from jaxzoo.training.page import page
 from jaxzoo.training.progress import Progress
 
@@ -89,8 +90,8 @@ class Run:
         fresh: forget an earlier run in the folder, also an unfinished one.
 
     Raises:
-        RunFolderError: the folder holds something else, or an unfinished run with other
-            settings.
+        RunFolderError: the folder holds something else, an unfinished run with other
+            settings, or is in use by another process.
     """
 
     def __init__(
@@ -105,31 +106,42 @@ class Run:
         fresh: bool = False,
     ):
         self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self.folder / "lock.json"
         # A text such as "[a, b]" or ":x:" is no markup.
         self.console = Console(markup=False, emoji=False)
         self._began = time.monotonic()
         self._head = {"slug": slug, "topic": topic, "title": title, "preset": preset}
         self._config = _plain(dataclasses.asdict(config))
         settings = {**self._head, "config": self._config}
-        self.resumed = self._claim_folder(settings, fresh)
+        self._refuse_foreign(settings)
+        try:
+            hold(self._lock)
+            self.resumed = self._claim_folder(settings, fresh)
+        except FolderInUseError as error:
+            raise RunFolderError(str(error)) from None
+        except RunFolderError:
+            release(self._lock)
+            raise
         # Seconds of the sittings before this one, so that "minutes" stays honest.
         self._earlier = _read(self.folder / "env.json").get("seconds", 0.0)
         self._environment = environment()
         _write(self.folder / "config.json", settings)
         self._save_environment()
 
-    def _claim_folder(self, settings: dict[str, Any], fresh: bool) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        known = _read(self.folder / "config.json")
+    def _refuse_foreign(self, settings: dict[str, Any]) -> None:
         # Other programs write a config.json too.
-        ours = known.keys() == settings.keys()
-        if not ours and any(self.folder.iterdir()):
+        ours = _read(self.folder / "config.json").keys() == settings.keys()
+        if not ours and any(path != self._lock for path in self.folder.iterdir()):
             raise RunFolderError(
                 f"{self.folder} is not empty and is not a run's folder: "
                 "name another one by --run-dir."
             )
+
+    def _claim_folder(self, settings: dict[str, Any], fresh: bool) -> bool:
+        known = _read(self.folder / "config.json")
         report = _read(self.folder / "report.json")
-        if ours and not report and not fresh:
+        if known and not report and not fresh:
             difference = _difference(known, settings)
             if not difference:
                 self._drop_half_line()
@@ -264,6 +276,7 @@ class Run:
             ],
         )
         self.say(f"{record['seconds']:.0f} s. Report: {self.folder / 'report.html'}")
+        release(self._lock)
         return all(claim.holds for claim in report.claims)
 
 

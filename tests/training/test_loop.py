@@ -235,3 +235,27 @@ def test_update_step_is_a_step_of_optax_with_the_key_folded_in():
         assert_allclose(got, wanted, rtol=1e-5)
     assert int(state["step"]) == 4
     assert state["key"] == root
+
+
+def test_resume_at_every_step_is_bit_identical(single, open_run):
+    """Thirty steps, stopped after each: the tree and the lines of one sitting."""
+
+    def sitting(run, before=None):
+        def batches(t):
+            if before is not None:
+                before(t)
+            return single.batches(t)
+
+        return train(
+            run, "fit", single.step, single.state(), batches, num_steps=30, log_every=1
+        )
+
+    undisturbed = sitting(whole := open_run("whole"))
+    run = open_run()
+    for t in range(29):
+        with pytest.raises(Stopped):
+            sitting(run, interrupt(t))
+        run = open_run()
+    assert_same_state(sitting(run), undisturbed)
+    text = (run.folder / "metrics.jsonl").read_bytes()
+    assert text == (whole.folder / "metrics.jsonl").read_bytes()
