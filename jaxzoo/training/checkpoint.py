@@ -22,19 +22,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from jaxzoo.core.tree import describe, differences, leaf_sha256, named_leaves
 from jaxzoo.training.crash import crash_point
 
-__all__ = ["Checkpoints", "DamagedCheckpoint", "digest", "verify"]
+__all__ = ["Checkpoints", "DamagedCheckpoint", "SaveError", "digest", "verify"]
 
 MANIFEST = "MANIFEST.json"
 
 
 class DamagedCheckpoint(Exception):
     """What lies on the disk is not what was saved; the message names it."""
+
+
+class SaveError(OSError):
+    """A save failed; the message has the folder and the cause. Older steps stay."""
 
 
 class Checkpoints:
@@ -82,7 +87,7 @@ class Checkpoints:
         """Saves a pytree of arrays in the background, unless the step is there.
 
         Raises:
-            OSError: the save before this one failed; the steps before it stay.
+            SaveError: the save before this one failed; the steps before it stay.
         """
         self.wait()
         if (self.folder / str(step)).exists():
@@ -94,7 +99,8 @@ class Checkpoints:
                 "rename a key, or the two would share a folder."
             )
         crash_point("save.begin")
-        # Arrays are immutable: the thread may read what training goes on from.
+        # jax arrays are immutable: the thread may read what training goes on from.
+        state = jax.tree.map(_own, state)
         self._thread = threading.Thread(target=self._write, args=(step, state))
         self._thread.start()
 
@@ -288,6 +294,10 @@ def _data(tree: Any, *, abstract: bool = False) -> Any:
     return jax.tree.map(one, tree)
 
 
+def _own(leaf: Any) -> Any:
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -309,8 +319,8 @@ def _explained(error: Exception, folder: Path, arrays: Any) -> Exception:
     )
     why = str(error).partition("\n")[0][:200]
     if full or free < needed:
-        why = f"the disk is full, {needed} bytes are needed and {free} are free"
-    explained = OSError(f"cannot save to {folder}: {why}.")
+        why = f"{os.strerror(errno.ENOSPC)}: {needed} bytes are needed, {free} are free"
+    explained = SaveError(f"cannot save to {folder}: {why}.")
     explained.__cause__ = error
     return explained
 
@@ -329,10 +339,16 @@ def _number(step: Path) -> int:
 
 def _step_folders(folder: Path) -> list[Path]:
     """The steps at or below a folder: itself, a fit's, or of each fit of a run."""
-    if folder.name.isdecimal():
+    if _is_step(folder):
         return [folder]
-    found = [*folder.glob("*"), *folder.glob("*/*")]
-    return sorted(p for p in found if p.is_dir() and p.name.isdecimal())
+    found = [p for p in [*folder.glob("*"), *folder.glob("*/*")] if _is_step(p)]
+    return sorted(found, key=lambda step: (step.parent, _number(step)))
+
+
+def _is_step(folder: Path) -> bool:
+    # A fit may be named by a number too: then its steps lie below it.
+    numbered = folder.name.isdecimal() and folder.is_dir()
+    return numbered and not any(p.name.isdecimal() for p in folder.iterdir())
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 
+from jaxzoo.training.checkpoint import SaveError
 from jaxzoo.training.loop import Stopped
 from jaxzoo.training.record import Report, Run, RunFolderError
 
@@ -86,6 +87,8 @@ def experiment(
     except Stopped as stopped:
         run.say(f"{stopped} The same command goes on from there.")
         sys.exit(EXIT_SIGINT if stopped.signum == signal.SIGINT else EXIT_SIGTERM)
+    except SaveError as error:
+        _fail(f"{error} The same command goes on from the checkpoint before.")
     except (KeyboardInterrupt, _Terminated) as error:
         run.say("Stopped. The same command goes on from the last checkpoint.")
         sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxzoo.training.checkpoint import Checkpoints
+from jaxzoo.training.checkpoint import Checkpoints, digest, main, verify
 from jaxzoo.training.loop import init_state
 
 
@@ -147,3 +147,32 @@ def test_another_tree_is_refused(tmp_path, like):
         checkpoints.save(1, {"w": jnp.arange(4.0)})
     with Checkpoints(tmp_path / "c") as checkpoints, pytest.raises(ValueError):
         checkpoints.restore(1, like)
+
+
+def test_what_is_saved_is_what_was_given(tmp_path):
+    """A NumPy leaf may be written to while the thread saves."""
+    leaf = np.arange(4.0, dtype=np.float32)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, {"w": leaf})
+        leaf += 1
+        checkpoints.wait()
+        np.testing.assert_array_equal(
+            checkpoints.restore(1, {"w": leaf})["w"], np.arange(4)
+        )
+
+
+def test_a_fit_named_by_a_number_is_no_step(tmp_path):
+    for step in (20, 100, 3):
+        with Checkpoints(tmp_path / "12", keep=3) as checkpoints:
+            checkpoints.save(step, {"w": jnp.ones(2)})
+    assert verify(tmp_path) == [] and digest(tmp_path) == digest(tmp_path / "12")
+    assert main(["list", str(tmp_path)]) == 0
+
+
+def test_steps_are_listed_by_number(tmp_path, capsys):
+    with Checkpoints(tmp_path / "fit", keep=3) as checkpoints:
+        for step in (3, 20, 100):
+            checkpoints.save(step, {"w": jnp.ones(2)})
+    main(["list", str(tmp_path)])
+    steps = [line.rpartition("/")[2] for line in capsys.readouterr().out.split()]
+    assert steps == ["3", "20", "100"]

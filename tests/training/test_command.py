@@ -251,3 +251,13 @@ def test_help_lists_every_setting_with_its_default(here):
         after = text.split(f"{flag} ", 1)[1]
         assert f"(default: {default})" in after.split(" --")[0], (flag, after[:200])
     assert "(default: 10)" in " ".join(here("smoke", "--help")[1].split())
+
+
+def test_a_save_that_fails_is_a_sentence(here, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", fail)
+    status, _, err = here("smoke")
+    assert status == 2 and err.count("\n") == 1
+    assert "cannot save to" in err and "No space left on device" in err

@@ -473,23 +473,6 @@ def test_an_error_of_a_save_is_raised(older_alone, states, code, at_close, monke
     assert_still_good(older_alone, states)
 
 
-# Orbax does not look at all of its futures that fail, and Python tells.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("limit", [0, 100, 300, 520, 1000, 3000])
-def test_a_write_that_the_system_refuses_is_raised(older_alone, states, limit):
-    """Real calls that fail: no file may grow beyond `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    big = {**states[NEWEST], "big": jax.random.normal(jax.random.key(0), (2000,))}
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        with pytest.raises(OSError) as raised, Checkpoints(older_alone) as checkpoints:
-            checkpoints.save(NEWEST, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert str(older_alone) in str(raised.value)
-    assert_still_good(older_alone, states)
-
-
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_path_that_is_a_file(tmp_path, inside):
     (tmp_path / "c").write_text("mine")
