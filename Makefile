@@ -43,7 +43,7 @@ endif
 
 # The committed record of every experiment, measured again.
 results: .venv/installed
-	$(BIN)/python -m experiments run --all
+	-$(BIN)/python -m experiments run --all  # a claim that fails is recorded too
 	$(BIN)/python -m experiments record
 	$(BIN)/python -m jaxzoo.catalogue
 	$(BIN)/python tests/test_readme.py

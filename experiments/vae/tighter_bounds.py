@@ -5,9 +5,10 @@ gradient grows like sqrt(k) for the generative network and falls like 1/sqrt(k) 
 inference network, and MIWAE(8, 8) gives the inference network a higher ratio than
 IWAE(64), for the same 64 samples.
 
-    python -m experiments.vae.tighter_bounds full    # 3 seeds: 2 minutes on 2 cores
+    python -m experiments.vae.tighter_bounds full    # 3 seeds: 3 minutes on 2 cores
 
-Expected of `full`: slopes of 0.47 and -0.45.
+Expected of `full`: slopes of 0.47 and -0.45. At the paper's equal offsets the
+generative slope does not hold at this scale (-0.02), so that the exit status is 1.
 """
 
 import dataclasses
@@ -137,9 +138,22 @@ def main(config: Config, run: Run) -> Report:
     miwae, iwae = ratios(config, square, square), ratios(config, 1, square * square)
     gain = miwae["inference"] - iwae["inference"]
     stderr = float(gain.std(ddof=1) / len(gain) ** 0.5)
+    # The paper's own setting, where both networks are equally near the optimum.
+    near = dataclasses.replace(config, generative_offset=config.encoder_offset)
+    sparse = k[:: max(1, len(k) // 3)]
+    equal = np.stack([ratios(near, 1, int(size))["generative"] for size in sparse])
+    far = f"{config.generative_offset:g}"
     text = "log-log slope of the signal-to-noise ratio against k, {} network"
     claims = [
-        slope_claim(text.format("generative"), k, snr["generative"], 0.35, 0.65),
+        slope_claim(
+            text.format("generative") + f", mu {far} from the optimum",
+            k, snr["generative"], 0.35, 0.65,
+        ),
+        slope_claim(
+            text.format("generative")
+            + f", mu {config.encoder_offset:g} from it as in the paper",
+            sparse, equal, 0.35, 0.65,
+        ),
         slope_claim(text.format("inference"), k, snr["inference"], -0.65, -0.35),
         Claim(
             f"inference network: ratio of MIWAE({square}, {square}) minus that of "
@@ -170,6 +184,10 @@ def main(config: Config, run: Run) -> Report:
         f"{name}/k{int(size)}": float(value)
         for name, values in snr.items()
         for size, value in zip(k, values.mean(axis=1), strict=True)
+    }
+    metrics |= {
+        f"generative_equal_offsets/k{int(size)}": float(value)
+        for size, value in zip(sparse, equal.mean(axis=1), strict=True)
     }
     metrics |= {f"miwae/{n}": v.mean() for n, v in miwae.items()}
     metrics |= {f"iwae_same_samples/{n}": v.mean() for n, v in iwae.items()}
