@@ -32,12 +32,14 @@ from experiments.vae._linear_gaussian import (
 from jaxzoo.core.stats import bernoulli_log_prob, normal_log_prob
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
-from jaxzoo.data.source import batch
+from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
-from jaxzoo.training.loop import init_state, train, update_step
+from jaxzoo.training.loop import train
+from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.step import init_state, update_step
 from jaxzoo.vae.iwae import (
     active_units,
     importance_log_likelihood,
@@ -150,21 +152,30 @@ def fit(config: Config, run: Run, nets, source, scale) -> dict[int, Any]:
         ]
         return np.stack(rows).reshape(config.seeds, config.batch_size, -1) / scale
 
+    def ids(t: int) -> list[np.ndarray]:
+        order = functools.partial(
+            batch_indices, num_examples=len(source), batch_size=config.batch_size
+        )
+        return [order(seed, t) for seed in range(config.seeds)]
+
     optimizer = optax.adam(config.learning_rate)
 
-    @jax.jit
-    @jax.vmap
-    def start(seed):
+    def start_one(seed):
         init_key, run_key = jax.random.split(jax.random.key(seed))
         return init_state(run_key, init_params(nets, init_key, pixels), optimizer)
 
-    state = start(jnp.arange(config.seeds))
+    def start():
+        return jax.vmap(start_one)(jnp.arange(config.seeds))
+
     fits = {}
     for k in config.samples:
-        step = jax.vmap(update_step(functools.partial(loss, k), optimizer))
-        fits[k] = train(
-            run, f"k{k}", step, state, batches, num_steps=config.steps, show="bound"
-        )["params"]
+        objective = functools.partial(loss, k)
+        step = update_step(objective, optimizer, reproducible=run.options.reproducible)
+        state = train(
+            run, f"k{k}", jax.vmap(step), start, batches, num_steps=config.steps,
+            show="bound", batch_axis=1, ids=ids,
+        )  # fmt: skip
+        fits[k] = local(state["params"])
     return fits
 
 

@@ -30,12 +30,14 @@ from experiments.vae._linear_gaussian import (
 )
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl, normal_log_prob
 from jaxzoo.data.digits import digits
-from jaxzoo.data.source import batch
+from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
-from jaxzoo.training.loop import init_state, train, update_step
+from jaxzoo.training.loop import train
+from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.step import init_state, update_step
 from jaxzoo.vae.vae import (
     corrupt,
     elbo,
@@ -126,15 +128,27 @@ def fit(config: Config, run: Run, nets) -> dict[str, Any]:
         ]
         return np.stack(rows).reshape(config.seeds, -1, 64) / np.float32(16)
 
+    def ids(t: int) -> list[np.ndarray]:
+        order = functools.partial(
+            batch_indices, num_examples=len(source), batch_size=config.batch_size
+        )
+        return [order(seed, t) for seed in range(config.seeds)]
+
     optimizer = optax.adam(config.learning_rate)
-    start = jax.jit(jax.vmap(functools.partial(init, config, nets, optimizer)))
-    state = start(jnp.arange(config.seeds))
+
+    def start():
+        one = functools.partial(init, config, nets, optimizer)
+        return jax.vmap(one)(jnp.arange(config.seeds))
+
     fits = {}
     for method in config.methods:
-        step = jax.vmap(update_step(functools.partial(loss, method, nets), optimizer))
-        fits[method] = train(
-            run, method, step, state, batches, num_steps=config.steps, show="objective"
-        )["params"]
+        objective = functools.partial(loss, method, nets)
+        step = update_step(objective, optimizer, reproducible=run.options.reproducible)
+        state = train(
+            run, method, jax.vmap(step), start, batches, num_steps=config.steps,
+            show="objective", batch_axis=1, ids=ids,
+        )  # fmt: skip
+        fits[method] = local(state["params"])
     return fits
 
 

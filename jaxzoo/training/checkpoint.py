@@ -26,16 +26,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jaxzoo.core.tree import describe, differences, leaf_sha256, named_leaves
+from jaxzoo.core.tree import describe, differences, named_leaves
 from jaxzoo.training.crash import crash_point
+from jaxzoo.training.hosts import everyone, from_first, is_first, wait_for_all
+from jaxzoo.training.manifest import (
+    DamagedCheckpoint,
+    damage,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+    wrong_leaf,
+)
 
 __all__ = ["Checkpoints", "DamagedCheckpoint", "SaveError", "digest", "verify"]
-
-MANIFEST = "MANIFEST.json"
-
-
-class DamagedCheckpoint(Exception):
-    """What lies on the disk is not what was saved; the message names it."""
 
 
 class SaveError(OSError):
@@ -52,10 +55,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder, self._keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.tmp", "*.old"):  # what a kill left behind
-            for path in folder.glob(pattern):
-                shutil.rmtree(path)
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            for pattern in ("*.tmp", "*.old"):  # what a kill left behind
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path)
+        wait_for_all("opened the checkpoints")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -84,13 +89,17 @@ class Checkpoints:
             raise error
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a pytree of arrays in the background, unless the step is there.
+        """Saves a pytree of arrays, unless the step is there.
+
+        The arrays may be donated as soon as this returns: a process that is alone has
+        copied them to the host and writes in the background. Several processes write
+        together, each its own parts, before any of them goes on.
 
         Raises:
-            SaveError: the save before this one failed; the steps before it stay.
+            SaveError: this save or the one before it failed; the older steps stay.
         """
         self.wait()
-        if (self.folder / str(step)).exists():
+        if from_first((self.folder / str(step)).exists()):
             return
         names = {name.replace("/", ".") for name in named_leaves(state)}
         if len(names) < len(jax.tree.leaves(state)):
@@ -99,30 +108,39 @@ class Checkpoints:
                 "rename a key, or the two would share a folder."
             )
         crash_point("save.begin")
-        # jax arrays are immutable: the thread may read what training goes on from.
-        state = jax.tree.map(_own, state)
-        self._thread = threading.Thread(target=self._write, args=(step, state))
-        self._thread.start()
+        arrays = jax.tree.map(_on_host, _data(state))
+        if jax.process_count() == 1:
+            work = (step, describe(state), arrays)
+            self._thread = threading.Thread(target=self._write, args=work)
+            self._thread.start()
+        else:
+            self._write(step, describe(state), arrays)
+            self.wait()
 
-    def _write(self, step: int, state: Any) -> None:
-        temporary, arrays = self.folder / f"{step}.tmp", _data(state)
+    def _write(self, step: int, leaves: dict[str, Any], arrays: Any) -> None:
+        temporary = self.folder / f"{step}.tmp"
         try:
             with _orbax() as writer:
                 writer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
             crash_point("save.arrays")
-            _write_manifest(temporary, step, describe(state), arrays)
+            write_manifest(temporary, step, leaves, arrays)
             crash_point("save.commit")
-            temporary.rename(self.folder / str(step))
-            _sync(self.folder)
-            crash_point("save.committed")
-            for old in self.steps()[: -self._keep]:
-                # Not deleted in place: half a folder would look like damage.
-                gone = (self.folder / str(old)).rename(self.folder / f"{old}.old")
-                crash_point("clean.renamed")
-                shutil.rmtree(gone)
+            if is_first():
+                self._commit(step, temporary)
+            wait_for_all(f"saved {step}")
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
             self._error = _explained(error, self.folder, arrays)
+
+    def _commit(self, step: int, temporary: Path) -> None:
+        temporary.rename(self.folder / str(step))
+        sync_folder(self.folder)
+        crash_point("save.committed")
+        for old in self.steps()[: -self._keep]:
+            # Not deleted in place: half a folder would look like damage.
+            gone = (self.folder / str(old)).rename(self.folder / f"{old}.old")
+            crash_point("clean.renamed")
+            shutil.rmtree(gone)
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a step into arrays with the shapes, dtypes and shardings of `like`.
@@ -133,10 +151,10 @@ class Checkpoints:
                 never cast.
         """
         folder = self.folder / str(step)
-        if damage := _damage(folder):
-            raise DamagedCheckpoint(damage[0])
-        stored = _manifest(folder)["leaves"]
-        if different := differences(stored, describe(like)):
+        share = jax.process_index(), jax.process_count()
+        _raise_any([sentence[:400] for sentence in damage(folder, share)[:1]])
+        manifest = read_manifest(folder)
+        if different := differences(manifest["leaves"], describe(like)):
             raise ValueError(
                 f"step {step} holds another tree than was asked for: {different}."
             )
@@ -145,31 +163,38 @@ class Checkpoints:
         with _orbax() as reader:
             args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
             arrays = reader.restore(folder / "state", args=args)
-        for name, leaf in named_leaves(arrays).items():
-            if leaf_sha256(leaf) != stored[name]["sha256"]:
-                raise DamagedCheckpoint(
-                    f"step {step}: leaf '{name}' came back with other bytes than were "
-                    "saved."
-                )
+        name = wrong_leaf(manifest, arrays)
+        other = (
+            f"step {step}: leaf '{name}' came back with other bytes than were saved."
+        )
+        _raise_any([other] if name else [])
         return jax.tree.map(_wrap_key, like, arrays)
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """The newest step that is whole; a damaged one is put aside with a warning."""
-        while (step := self.latest()) is not None:
+        while (step := from_first(self.latest())) is not None:
             try:
                 return step, self.restore(step, like)
-            except DamagedCheckpoint as damage:
+            except DamagedCheckpoint as found:
                 aside = self.folder / f"{step}.damaged"
-                if aside.exists():
-                    shutil.rmtree(aside)
-                (self.folder / str(step)).rename(aside)
-                warnings.warn(f"{damage} It is now {aside}.", stacklevel=2)
+                if is_first():
+                    if aside.exists():
+                        shutil.rmtree(aside)
+                    (self.folder / str(step)).rename(aside)
+                wait_for_all(f"put {step} aside")
+                warnings.warn(f"{found} It is now {aside}.", stacklevel=2)
         return None
+
+
+def _raise_any(found: list[str]) -> None:
+    """Raises in every process what any of them found."""
+    if sentences := [sentence for told in everyone(found) for sentence in told]:
+        raise DamagedCheckpoint(sentences[0])
 
 
 def verify(folder: Path) -> list[str]:
     """One sentence for each damage below a step's, a fit's or a run's folder."""
-    return [damage for step in _step_folders(folder) for damage in _damage(step)]
+    return [found for step in _step_folders(folder) for found in damage(step)]
 
 
 def digest(folder: Path) -> str:
@@ -188,91 +213,16 @@ def digest(folder: Path) -> str:
     newest = [max((s for s in steps if s.parent == f), key=_number) for f in fits]
     whole = hashlib.sha256()
     for step in sorted(newest):
-        if damage := _damage(step):
-            raise DamagedCheckpoint(damage[0])
-        whole.update(json.dumps(_manifest(step)["leaves"], sort_keys=True).encode())
+        if found := damage(step):
+            raise DamagedCheckpoint(found[0])
+        leaves = read_manifest(step)["leaves"]
+        whole.update(json.dumps(leaves, sort_keys=True).encode())
     return whole.hexdigest()
 
 
 def _orbax() -> ocp.Checkpointer:
     # A folder per leaf, so that a damaged file tells which leaf it was.
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
-
-
-def _write_manifest(
-    folder: Path, step: int, leaves: dict[str, dict[str, Any]], arrays: Any
-) -> None:
-    for name, leaf in named_leaves(arrays).items():
-        leaves[name]["sha256"] = leaf_sha256(leaf)
-    files = {
-        path.relative_to(folder).as_posix(): _file_facts(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    content = {"format": 1, "step": step, "leaves": leaves, "files": files}
-    content["digest"] = _self_digest(content)
-    crash_point("save.manifest")
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        # The other files are left to the system: if they are lost with the power, the
-        # manifest says so and the step before is taken.
-        os.fsync(file.fileno())
-
-
-def _damage(folder: Path) -> list[str]:
-    """What is wrong with one step: at most a sentence per file."""
-    where = f"step {folder.name}"
-    try:
-        manifest = _manifest(folder)
-        files, step = manifest["files"], manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
-        return [f"{where}: file '{MANIFEST}' {reason}."]
-    found = []
-    if str(step) != folder.name:
-        found.append(f"{where}: file '{MANIFEST}' is that of step {step}.")
-    present = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() or path.is_symlink()
-    }
-    for name in sorted(present - files.keys() - {MANIFEST}):
-        found.append(f"{where}: file '{name}'{_leaf_of(name)} was not saved with it.")
-    for name, facts in files.items():
-        if name not in present:
-            found.append(f"{where}: file '{name}'{_leaf_of(name)} is missing.")
-        elif (folder / name).is_symlink() or _file_facts(folder / name) != facts:
-            found.append(
-                f"{where}: file '{name}'{_leaf_of(name)} is not what was saved."
-            )
-    return found
-
-
-def _leaf_of(file: str) -> str:
-    parts = file.split("/")
-    named = len(parts) > 2 and parts[1] != "array_metadatas"
-    return f" (leaf '{parts[1].replace('.', '/')}')" if named else ""
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    content = json.loads((folder / MANIFEST).read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError("it is not a manifest")
-    told = content.pop("digest")
-    if told != _self_digest(content):
-        raise ValueError("its digest differs")
-    return content
-
-
-def _self_digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -294,8 +244,11 @@ def _data(tree: Any, *, abstract: bool = False) -> Any:
     return jax.tree.map(one, tree)
 
 
-def _own(leaf: Any) -> Any:
-    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+def _on_host(leaf: Any) -> Any:
+    """A copy in host memory, so that training may go on in the leaf's own."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.copy()
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -306,7 +259,9 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _wrap_key(like: Any, leaf: Any) -> Any:
     if not _is_key(like):
         return leaf
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
+    impls = []  # an abstract key tells its kind under a trace alone
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(leaf, impl=impls[0])
 
 
 def _explained(error: Exception, folder: Path, arrays: Any) -> Exception:
@@ -323,14 +278,6 @@ def _explained(error: Exception, folder: Path, arrays: Any) -> Exception:
     explained = SaveError(f"cannot save to {folder}: {why}.")
     explained.__cause__ = error
     return explained
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _number(step: Path) -> int:
@@ -368,15 +315,15 @@ def main(argv: list[str]) -> int:
     if command == "hash":
         try:
             print(digest(folder))
-        except DamagedCheckpoint as damage:
-            print(f"error: {damage}", file=sys.stderr)
+        except DamagedCheckpoint as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
         return 0
-    damage = verify(folder)
-    for sentence in damage:
+    found = verify(folder)
+    for sentence in found:
         print(sentence)
-    print(f"{len(steps)} steps, {len(damage)} damaged files.")
-    return 1 if damage else 0
+    print(f"{len(steps)} steps, {len(found)} damaged files.")
+    return 1 if found else 0
 
 
 # Orbax tells at every save that there is nothing to merge without OCDBT.

@@ -7,17 +7,88 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import tyro
 
 from jaxzoo.training.checkpoint import SaveError
 from jaxzoo.training.loop import Stopped
+from jaxzoo.training.mesh import PlacementError, make_mesh
+from jaxzoo.training.options import Options
 from jaxzoo.training.record import Report, Run, RunFolderError
 
-__all__ = ["experiment"]
+__all__ = ["Asked", "experiment", "parse"]
 
 EXIT_FAILED, EXIT_USAGE, EXIT_SIGTERM, EXIT_SIGINT = 1, 2, 75, 130
+
+
+class Asked(NamedTuple):
+    """What the words of a command line ask for.
+
+    Attributes:
+        topic: the experiment's.
+        slug: the experiment's.
+        title: one line on what it is.
+        preset: name of the preset that the settings began from.
+        config: the settings.
+        options: how the run is carried out.
+        run_dir: where it writes.
+        fresh: whether to begin again.
+    """
+
+    topic: str
+    slug: str
+    title: str
+    preset: str
+    config: Any
+    options: Options
+    run_dir: Path
+    fresh: bool
+
+
+def parse(
+    main: Callable[[Any, Run], Report], presets: Mapping[str, Any], words: list[str]
+) -> Asked:
+    """Reads a command line; a wrong one ends the process with status 2.
+
+    Args:
+        main: the experiment's.
+        presets: settings by name; "full" is the default.
+        words: what follows the module's name.
+    """
+    # By the file: run by its path a module has no dotted name.
+    path = Path(main.__globals__["__file__"]).resolve()
+    topic, slug = path.parent.name, path.stem
+    named = bool(words) and not words[0].startswith("-")
+    preset, words = (words[0], words[1:]) if named else ("full", words)
+    if preset not in presets:
+        near = difflib.get_close_matches(preset, presets, n=1)
+        hint = f", did you mean {near[0]}" if near else ""
+        _fail(f"no preset '{preset}': there are {', '.join(presets)}{hint}.")
+    start = presets[preset]
+    docstring = inspect.cleandoc(main.__globals__["__doc__"] or slug)
+
+    @dataclasses.dataclass(frozen=True)
+    class Words:
+        config: tyro.conf.OmitArgPrefixes[type(start)]  # pyright: ignore
+        options: tyro.conf.OmitArgPrefixes[Options]
+        run_dir: Path = Path("runs") / topic / slug
+        """Everything that the run writes lies here."""
+        fresh: bool = False
+        """Begin again, also where an unfinished run could be continued."""
+
+    read = tyro.cli(
+        Words,
+        default=Words(start, Options()),
+        args=words,
+        prog=f"python -m experiments.{topic}.{slug} [{' | '.join(presets)}]",
+        description=docstring,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    title = docstring.splitlines()[0]
+    head = (topic, slug, title, preset)
+    return Asked(*head, read.config, read.options, read.run_dir, read.fresh)
 
 
 def experiment(
@@ -27,66 +98,49 @@ def experiment(
 ) -> None:
     """Runs an experiment from the command line and exits.
 
-    Exit status: 0 all claims hold, 1 one does not, 2 the command is wrong, 75 SIGTERM
-    and 130 Ctrl-C, each after a checkpoint from which the same command goes on.
+    Exit status: 0 all claims hold, 1 one does not or a number was not finite, 2 the
+    command is wrong, 75 SIGTERM and 130 Ctrl-C, each after a checkpoint from which the
+    same command goes on.
 
     Args:
         main: the experiment's `main(config, run) -> Report`.
         presets: settings by name; "full" is the default.
         argv: words after the module's name; None takes them from the process.
     """
-    # By the file: run by its path a module has no dotted name.
-    path = Path(main.__globals__["__file__"]).resolve()
-    topic, slug = path.parent.name, path.stem
     words = list(sys.argv[1:] if argv is None else argv)
-    named = bool(words) and not words[0].startswith("-")
-    preset = words.pop(0) if named else "full"
-    if preset not in presets:
-        near = difflib.get_close_matches(preset, presets, n=1)
-        hint = f", did you mean {near[0]}" if near else ""
-        _fail(f"no preset '{preset}': there are {', '.join(presets)}{hint}.")
-    start = presets[preset]
-    docstring = inspect.cleandoc(main.__globals__["__doc__"] or slug)
-
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        config: tyro.conf.OmitArgPrefixes[type(start)]  # pyright: ignore
-        run_dir: Path = Path("runs") / topic / slug
-        """Everything that the run writes lies here."""
-        fresh: bool = False
-        """Begin again, also where an unfinished run could be continued."""
-
-    options = tyro.cli(
-        Options,
-        default=Options(start),
-        args=words,
-        prog=f"python -m experiments.{topic}.{slug} [{' | '.join(presets)}]",
-        description=docstring,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    asked = parse(main, presets, words)
+    options = asked.options
     try:
+        several = jax.device_count() > 1 or options.mesh != Options.mesh
         run = Run(
-            options.run_dir,
-            topic=topic,
-            slug=slug,
-            title=docstring.splitlines()[0],
-            preset=preset,
-            config=options.config,
-            fresh=options.fresh,
+            asked.run_dir,
+            topic=asked.topic,
+            slug=asked.slug,
+            title=asked.title,
+            preset=asked.preset,
+            config=asked.config,
+            fresh=asked.fresh,
+            options=options,
+            mesh=make_mesh(options.mesh) if several else None,
         )
-    except RunFolderError as error:
+    except (RunFolderError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"cannot write to --run-dir {options.run_dir}: {error.strerror}.")
+        _fail(f"cannot write to --run-dir {asked.run_dir}: {error.strerror}.")
     if run.resumed:
         run.say(f"Going on with the unfinished run in {run.folder}.")
     # Between the loops, which handle it themselves, SIGTERM ends as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        holds = run.finish(main(options.config, run))
+        holds = run.finish(main(asked.config, run))
     except Stopped as stopped:
         run.say(f"{stopped} The same command goes on from there.")
         sys.exit(EXIT_SIGINT if stopped.signum == signal.SIGINT else EXIT_SIGTERM)
+    except PlacementError as error:
+        _fail(str(error))
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except SaveError as error:
         _fail(f"{error} The same command goes on from the checkpoint before.")
     except (KeyboardInterrupt, _Terminated) as error:

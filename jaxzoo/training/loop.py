@@ -1,4 +1,4 @@
-"""The training loop: steps under `lax.scan`, exact resume, a clean stop on Ctrl-C.
+"""The training loop: steps under `lax.scan`, over any mesh, with exact resume.
 
 The state is one pytree, `{"params", "opt_state", "step", "key"}`; the batch of step t
 is a pure function of t, and the key of step t is `fold_in(key, t)`. So a run that was
@@ -15,16 +15,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxzoo.training import nonfinite
 from jaxzoo.training.checkpoint import Checkpoints
+from jaxzoo.training.hosts import everyone, is_first, wait_for_all
+from jaxzoo.training.mesh import Specs, place
+from jaxzoo.training.program import (
+    Batch,
+    Loader,
+    State,
+    Step,
+    Told,
+    build,
+    describe,
+    state_like,
+)
+from jaxzoo.training.progress import Progress
 from jaxzoo.training.record import Run
 
-__all__ = ["Stopped", "init_state", "train", "update_step"]
+__all__ = ["Stopped", "train"]
 
-State = dict[str, Any]
-Batch = Any  # a pytree of arrays
-Metrics = dict[str, Any]
+MOST_ROLLBACKS = 3
 
 
 class Stopped(Exception):
@@ -35,141 +48,254 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def init_state(
-    key: jax.Array, params: Any, optimizer: optax.GradientTransformation
-) -> State:
-    """The state before the first step; `jax.vmap` it over keys for several seeds."""
-    return {
-        "params": params,
-        "opt_state": optimizer.init(params),
-        "step": jnp.zeros((), jnp.int32),
-        "key": key,
-    }
-
-
-def update_step(
-    loss: Callable[[Any, jax.Array, Batch], tuple[jax.Array, Metrics]],
-    optimizer: optax.GradientTransformation,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """One optimizer step as a pure function of (state, batch).
-
-    Args:
-        loss: maps `(params, key, batch)` to a scalar and a dict of scalars to log.
-        optimizer: any optax transformation.
-
-    Returns:
-        `step(state, batch) -> (state, metrics)`, for `train`; `jax.vmap` it over seeds.
-    """
-
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(state["key"], state["step"])
-        gradient, metrics = jax.grad(loss, has_aux=True)(state["params"], key, batch)
-        updates, opt_state = optimizer.update(
-            gradient, state["opt_state"], state["params"]
-        )
-        new_state = {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-            "step": state["step"] + 1,
-            "key": state["key"],
-        }
-        return new_state, metrics
-
-    return step
-
-
 def train(
     run: Run,
     name: str,
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    state: State,
-    batches: Callable[[int], Batch],
+    step: Step,
+    state: State | Callable[[], State],
+    batches: Callable[..., Batch],
     *,
     num_steps: int,
     log_every: int = 50,
     save_every: float = 20.0,
     show: str | None = None,
+    batch_axis: int = 0,
+    batch_rows: int | None = None,
+    specs: Specs | None = None,
+    ids: Callable[[int], Any] | None = None,
 ) -> State:
     """Runs `num_steps` steps, from the newest checkpoint of this run if there is one.
 
     Args:
         run: the open run; metrics go to its metrics.jsonl, averaged over `log_every`
-            steps, and checkpoints to `checkpoints/<name>`.
+            steps, and checkpoints to `checkpoints/<name>`. Its mesh is the one that
+            is trained on.
         name: what this fit is called; one run may have several.
         step: `(state, batch) -> (state, metrics)`, jittable.
-        state: the state at step 0.
-        batches: the batch of step t, NumPy arrays; a pure function.
+        state: the state at step 0, or a function that makes it: then each device makes
+            its own part.
+        batches: the batch of step t, NumPy arrays, the whole of it in every process; a
+            pure function. With `batch_rows` it is called as `batches(t, rows)` for the
+            slice of examples that this process needs.
         num_steps: where the fit ends.
         log_every: steps per compiled call; the host looks at nothing in between.
         save_every: seconds between checkpoints.
         show: name of the metric on the progress bar.
+        batch_axis: the dimension of a batch that counts examples.
+        batch_rows: how many examples the whole batch has, where each process loads its
+            own part.
+        specs: as for `mesh.state_shardings`.
+        ids: which examples the batch of step t is made of, for the black box.
 
     Returns:
-        The state after `num_steps` steps.
+        The state after `num_steps` steps, as it lies on the mesh: `mesh.local` brings
+        it to one device.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; the state of the last whole call is saved. A
             second SIGINT raises KeyboardInterrupt at once.
-        FloatingPointError: a metric is not finite; names it and the steps.
+        FloatingPointError: a number is not finite, and the run's policy does not go on;
+            names the step and the first bad leaf.
     """
+    loader = Loader(run.mesh, batches, batch_axis, batch_rows)
+    call, step = build(step, state, loader, specs=specs, options=run.options)
+    size = min(log_every, num_steps)
+    if run.dry_run is not None:
+        run.dry_run(describe(name, call, step, state, loader, size, specs))
+        return state() if callable(state) else state
+    fit = _Fit(run, name, call, step, loader, size, num_steps, save_every, show, ids)
+    with (
+        _signals(run.say) as received,
+        Checkpoints(run.folder / "checkpoints" / name) as checkpoints,
+    ):
+        while True:
+            try:
+                like = state_like(run.mesh, state, specs)
+                restored = checkpoints.restore_latest(like)
+                begin = restored or (0, _start(run, state, specs))
+                return fit.sitting(*begin, checkpoints, received)
+            except _RollBack as bad:
+                checkpoints.wait()
+                fit.pass_over(bad)
 
-    def call(state: State, batch: Batch) -> tuple[State, Metrics]:
-        state, metrics = jax.lax.scan(step, state, batch)
-        return state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
-    compiled = jax.jit(call)
-    with Checkpoints(run.folder / "checkpoints" / name) as checkpoints:
-        restored = checkpoints.restore_latest(state)
-        done, state = restored or (0, state)
+class _RollBack(Exception):
+    """A call met a bad step, and the policy is to go back before it."""
+
+    def __init__(self, diagnosis: nonfinite.Diagnosis, first: int, end: int):
+        super().__init__(str(diagnosis))
+        self.first, self.end = first, end
+
+
+class _Fit:
+    """One fit under way: what its sittings have in common."""
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        call: Any,
+        step: Step,
+        loader: Loader,
+        size: int,
+        num_steps: int,
+        save_every: float,
+        show: str | None,
+        ids: Callable[[int], Any] | None,
+    ):
+        self.run, self.name, self.call, self.step = run, name, call, step
+        self.loader, self.size, self.num_steps = loader, size, num_steps
+        self.save_every, self.show, self.ids = save_every, show, ids
+
+    def sitting(
+        self, done: int, state: State, checkpoints: Checkpoints, received: list[int]
+    ) -> State:
+        """From the state after `done` steps to the end."""
+        run, name = self.run, self.name
         run.forget_after(name, done)
+        passed_over = nonfinite.passed_over(run.folder, name)
         saved_at = time.monotonic()
-        pending: tuple[int, int, Metrics] | None = None  # first step, end, metrics
-        with (
-            _signals(run.say) as received,
-            run.progress(name, done, num_steps, show) as progress,
-        ):
-
-            def settle() -> None:
-                if pending is not None:
-                    _check_finite(name, *pending)
-                    metrics = jax.device_get(pending[2])
-                    run.log(name, pending[1], metrics)
-                    progress.update(pending[1], metrics)
-
-            while done < num_steps:
-                # Calls end on multiples of log_every, whatever step a resume began at.
-                size = min(log_every - done % log_every, num_steps - done)
-                parts = [batches(t) for t in range(done, done + size)]
-                batch = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
-                state, metrics = compiled(state, batch)
+        bad = self._no_bad_step()
+        pending: tuple[int, int, Told] | None = None  # first step, end
+        with run.progress(name, done, self.num_steps, self.show) as progress:
+            while done < self.num_steps:
+                # Calls end on multiples of their size, whatever step a resume began at.
+                size = self.size - done % self.size
+                size = min(size, self.num_steps - done)
+                if any(a < done + size and done < b for a, b in passed_over):
+                    state = _pass_over(state, size)
+                    done += size
+                    continue
+                batch = self.loader.stacked(done, size)
+                progress.examples = self.loader.examples(batch)
+                wishes = self._wishes(received, saved_at)
+                state, told = self.call(
+                    state, bad, batch, np.int32(done), self._spread(wishes)
+                )
+                bad = told.bad
                 done += size
                 # The call above runs in the background; meanwhile the one before it is
                 # logged, so that the device never waits for the disk.
-                settle()
-                pending = (done - size, done, metrics)
-                stopping = bool(received)
-                if stopping or time.monotonic() - saved_at > save_every:
-                    settle()
+                agreed = self._settle(pending, state, progress)
+                pending = (done - size, done, told)
+                # Alone, there is nobody to agree with.
+                signum, save = wishes if jax.process_count() == 1 else agreed
+                if signum or save:
+                    self._settle(pending, state, progress)
                     pending = None
                     checkpoints.save(done, state)
                     saved_at = time.monotonic()
-                if stopping and done < num_steps:
+                if signum and done < self.num_steps:
                     raise Stopped(
-                        f"Stopped at step {done} of {num_steps} of {name}.", received[0]
+                        f"Stopped at step {done} of {self.num_steps} of {name}.", signum
                     )
-            settle()
-            checkpoints.save(num_steps, state)
-            if received:
-                raise Stopped(f"Stopped after {name}.", received[0])
+            self._settle(pending, state, progress)
+            checkpoints.save(self.num_steps, state)
+            signum = max(everyone(received[0] if received else 0))
+            if signum:
+                raise Stopped(f"Stopped after {name}.", signum)
+        return state
+
+    def _settle(
+        self, pending: tuple[int, int, Told] | None, state: State, progress: Progress
+    ) -> tuple[int, int]:
+        """Logs a call that is over; returns what the processes agreed on in it."""
+        if pending is None:
+            return 0, 0
+        first, end, told = pending
+        told = jax.device_get(told)
+        skip = self.run.options.non_finite == "skip"
+        if told.bad != nonfinite.FINE or not told.fine:
+            self._stop_at(end - 1 if skip else int(told.bad), first, end, state)
+        if skip:
+            told.metrics["skipped"] = end - first - int(told.fine)
+        self.run.log(self.name, end, told.metrics)
+        progress.update(end, told.metrics)
+        signum, save = told.wishes.tolist()
+        return signum, save
+
+    def _stop_at(self, bad: int, first: int, end: int, state: State) -> None:
+        """Tells what was bad at a step; the state is still that before it."""
+        run, name, policy = self.run, self.name, self.run.options.non_finite
+        batch = self.loader.stacked(bad, 1)
+        injection = run.options.injection()
+        step = self.step
+        diagnosis = nonfinite.diagnose(step, injection, state, batch, bad)
+        box = nonfinite.write_black_box(
+            run.folder,
+            diagnosis,
+            fit=name,
+            policy=policy,
+            batch=self.loader.one(bad),
+            ids=None if self.ids is None else self.ids(bad),
+        )
+        if policy == "rollback":
+            raise _RollBack(diagnosis, first, end)
+        more = f" (nor at any step from {first} on)" if policy == "skip" else ""
+        raise FloatingPointError(
+            f"{name}, {diagnosis}{more}. The parameters are those before it; {box} has "
+            "the batch and all bad leaves."
+        )
+
+    def pass_over(self, bad: _RollBack) -> None:
+        """Notes that the steps of a bad call are left out from now on."""
+        name, folder = self.name, self.run.folder
+        known = nonfinite.passed_over(folder, name)
+        if len(known) == MOST_ROLLBACKS:
+            raise FloatingPointError(
+                f"{name}, {bad}, after {MOST_ROLLBACKS} rollbacks. "
+                f"{folder / 'nonfinite'} has a black box of each."
+            )
+        wait_for_all(f"rollback {name} {len(known)}")  # each has read them
+        if is_first():
+            nonfinite.pass_over(folder, name, [*known, (bad.first, bad.end)])
+        wait_for_all(f"rolled back {name} {len(known)}")
+        self.run.say(
+            f"{name}, {bad}: back to the newest checkpoint; from now on steps "
+            f"{bad.first} to {bad.end - 1} are passed over."
+        )
+
+    def _wishes(self, received: list[int], saved_at: float) -> tuple[int, int]:
+        late = time.monotonic() - saved_at > self.save_every
+        return received[0] if received else 0, int(late and is_first())
+
+    def _spread(self, wishes: tuple[int, int]) -> Any:
+        """One row for each device, so that the compiled call can take the largest."""
+        mesh = self.run.mesh
+        if mesh is None:
+            return np.array([wishes], np.int32)
+        sharding = NamedSharding(mesh, P(mesh.axis_names))
+        rows = np.tile(np.array(wishes, np.int32), (mesh.size, 1))
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
+
+    def _no_bad_step(self) -> Any:
+        mesh = self.run.mesh
+        if mesh is None:
+            return jnp.int32(nonfinite.FINE)
+        # As the calls return it, so that there is one program and not two.
+        whole, value = NamedSharding(mesh, P()), np.int32(nonfinite.FINE)
+        return jax.make_array_from_callback((), whole, lambda _: value)
+
+
+@jax.jit
+def _advance(step: jax.Array, size: int) -> jax.Array:
+    return step + size
+
+
+def _pass_over(state: State, size: int) -> State:
+    # The steps after these keep their keys.
+    if isinstance(state, dict) and "step" in state:
+        return {**state, "step": _advance(state["step"], size)}
     return state
 
 
-def _check_finite(name: str, first: int, end: int, metrics: Metrics) -> None:
-    for metric, value in metrics.items():
-        if not np.all(np.isfinite(value)):
-            raise FloatingPointError(
-                f"{name}: '{metric}' is not finite between steps {first} and {end}."
-            )
+def _start(run: Run, state: Any, specs: Specs | None) -> State:
+    """The state at step 0, in arrays that a call may take for its own."""
+    if run.mesh is not None:
+        return place(run.mesh, state, specs)
+    if callable(state):
+        return jax.jit(state)()
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
 
 
 @contextmanager

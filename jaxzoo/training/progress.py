@@ -23,12 +23,16 @@ class Progress:
         start: first step of this sitting.
         total: the step at which the loop ends.
         show: name of the metric to show, or None.
+
+    Attributes:
+        examples: how many a step takes; 0 shows no rate of them.
     """
 
     def __init__(
         self, console: Console, name: str, start: int, total: int, show: str | None
     ):
         self._console, self._name, self._total, self._show = console, name, total, show
+        self.examples = 0
         self._first: tuple[float, int] | None = None
         self._next_line = start + max(1, (total - start) // 5)
         self._bar = RichProgress(
@@ -75,11 +79,17 @@ class Progress:
             self._first = (now, step)
         elif step > self._first[1]:
             rate = (step - self._first[1]) / max(now - self._first[0], 1e-9)
-            digits = ".0f" if rate >= 10 else ".2g"
-            words += [f"{rate:{digits}} steps/s", _clock((self._total - step) / rate)]
+            words.append(f"{_number(rate)} steps/s")
+            if self.examples:
+                words.append(f"{_number(rate * self.examples)} examples/s")
+            words.append(_clock((self._total - step) / rate))
         if self._show is not None:
             words.append(f"{self._show} {np.mean(metrics[self._show]):.4g}")
         return "  ".join(words)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _clock(seconds: float) -> str:

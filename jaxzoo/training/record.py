@@ -2,8 +2,8 @@
 
     config.json  env.json  metrics.jsonl  checkpoints/  *.png  report.json  report.html
 
-`Run` writes; nothing else in jaxzoo does. A folder without report.json is an unfinished
-run, which the same settings continue.
+`Run` writes, in the first of several processes; nothing else in jaxzoo does. A folder
+without report.json is an unfinished run, which the same settings continue.
 """
 
 import dataclasses
@@ -13,18 +13,22 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from jaxzoo.training.hosts import from_first, is_first, wait_for_all
 from jaxzoo.training.lock import FolderInUseError, hold, release
+from jaxzoo.training.options import Options
 from jaxzoo.training.page import page
+from jaxzoo.training.program import Program
 from jaxzoo.training.progress import Progress
 
 if TYPE_CHECKING:  # matplotlib takes 0.3 s to import, and most of a run draws nothing
@@ -88,6 +92,9 @@ class Run:
         preset: name of the preset that the settings began from.
         config: the settings, a dataclass.
         fresh: forget an earlier run in the folder, also an unfinished one.
+        options: how the run is carried out; None for the defaults.
+        mesh: what `train` trains on; None for one device.
+        dry_run: what `train` calls with its program in place of running it.
 
     Raises:
         RunFolderError: the folder holds something else, an unfinished run with other
@@ -104,16 +111,45 @@ class Run:
         preset: str,
         config: Any,
         fresh: bool = False,
+        options: Options | None = None,
+        mesh: Mesh | None = None,
+        dry_run: Callable[[Program], None] | None = None,
     ):
+        self.options = Options() if options is None else options
+        self.mesh, self.dry_run = mesh, dry_run
         self.folder = folder.resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self.folder / "lock.json"
-        # A text such as "[a, b]" or ":x:" is no markup.
-        self.console = Console(markup=False, emoji=False)
+        # A text such as "[a, b]" or ":x:" is no markup. One process speaks for all.
+        self.console = Console(markup=False, emoji=False, quiet=not is_first())
         self._began = time.monotonic()
         self._head = {"slug": slug, "topic": topic, "title": title, "preset": preset}
         self._config = _plain(dataclasses.asdict(config))
-        settings = {**self._head, "config": self._config}
+        self._environment = environment()
+        self._earlier = 0.0  # seconds of the sittings before this one
+        self.resumed = False
+        self._open_together(fresh)
+
+    def _open_together(self, fresh: bool) -> None:
+        error: Exception | None = None
+        if is_first():
+            try:
+                self._open(fresh)
+            except (RunFolderError, OSError) as met:
+                error = met
+        told, self.resumed = from_first([error and str(error), self.resumed])
+        if error is not None:
+            raise error
+        if told:
+            raise RunFolderError(told)
+
+    def _open(self, fresh: bool) -> None:
+        settings = {
+            **self._head,
+            "config": self._config,
+            # It changes the numbers; what else is in the options does not.
+            "reproducible": self.options.reproducible,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign(settings)
         try:
             hold(self._lock)
@@ -123,9 +159,7 @@ class Run:
         except RunFolderError:
             release(self._lock)
             raise
-        # Seconds of the sittings before this one, so that "minutes" stays honest.
         self._earlier = _read(self.folder / "env.json").get("seconds", 0.0)
-        self._environment = environment()
         _write(self.folder / "config.json", settings)
         self._save_environment()
 
@@ -159,7 +193,8 @@ class Run:
         figures = [Path(figure["file"]).name for figure in report.get("figures", ())]
         for name in ("report.json", "report.html", *figures):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "nonfinite"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "env.json", "config.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -176,6 +211,8 @@ class Run:
 
     def log(self, fit: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
+        if not is_first():
+            return
         line = json.dumps(_plain({"fit": fit, "step": step, **metrics}))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
@@ -183,6 +220,7 @@ class Run:
 
     def history(self, fit: str) -> dict[str, np.ndarray]:
         """What was logged of one fit: each name with its values over the log steps."""
+        wait_for_all(f"history of {fit}")  # the first has written it
         rows = [row for row in self._rows() if row["fit"] == fit]
         names = [name for name in rows[0] if name != "fit"] if rows else []
         # None, which NaN became, is NaN again.
@@ -195,7 +233,7 @@ class Run:
     def forget_after(self, fit: str, step: int) -> None:
         """Drops the lines of a fit beyond a step: they will be computed again."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if is_first() and path.exists():
             rows = [r for r in self._rows() if r["fit"] != fit or r["step"] <= step]
             _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -235,6 +273,8 @@ class Run:
         self, name: str, figure: "MatplotlibFigure", *, title: str, caption: str
     ) -> Figure:
         """Saves a picture as `name`.png and closes it."""
+        if not is_first():
+            return Figure(f"{name}.png", title, caption)
         # Without its version string matplotlib writes the same bytes for the same plot.
         figure.savefig(
             self.folder / f"{name}.png",
@@ -247,6 +287,9 @@ class Run:
 
     def finish(self, report: Report) -> bool:
         """Writes report.json and report.html, prints the claims; True if all hold."""
+        holds = all(claim.holds for claim in report.claims)
+        if not is_first():
+            return holds
         record = {
             **self._head,
             "config": self._config,
@@ -277,7 +320,7 @@ class Run:
         )
         self.say(f"{record['seconds']:.0f} s. Report: {self.folder / 'report.html'}")
         release(self._lock)
-        return all(claim.holds for claim in report.claims)
+        return holds
 
 
 def environment() -> dict[str, Any]:

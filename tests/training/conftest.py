@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxzoo.training.loop import init_state, train, update_step
+from jaxzoo.training.loop import train
 from jaxzoo.training.record import Run
+from jaxzoo.training.step import init_state, update_step
 
 NUM_STEPS, LOG_EVERY = 23, 5  # the last call is shorter than the others
 

@@ -353,7 +353,7 @@ def _vae() -> tuple[Any, Any, Any]:
 
     from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
     from jaxzoo.nn.mlp import MLP, GaussianMLP
-    from jaxzoo.training.loop import init_state, update_step
+    from jaxzoo.training.step import init_state, update_step
     from jaxzoo.vae.vae import elbo, reparameterize
 
     encoder, decoder = GaussianMLP(latents=4, hidden=(32,)), MLP((32, 64))
@@ -393,7 +393,7 @@ def _classifier() -> tuple[Any, Any, Any]:
     import numpy as np
     import optax
 
-    from jaxzoo.training.loop import init_state
+    from jaxzoo.training.step import init_state
 
     class Net(nn.Module):
         @nn.compact
@@ -446,7 +446,7 @@ def _contrastive() -> tuple[Any, Any, Any]:
     import optax
 
     from jaxzoo.nn.mlp import MLP
-    from jaxzoo.training.loop import init_state
+    from jaxzoo.training.step import init_state
 
     net, optimizer = MLP((32, 8)), optax.adamw(1e-3)
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxzoo.training.checkpoint import Checkpoints, digest, main, verify
-from jaxzoo.training.loop import init_state
+from jaxzoo.training.step import init_state
 
 
 def make_mesh(*shape):

@@ -28,7 +28,8 @@ import numpy as np
 import optax
 
 from jaxzoo.training.command import experiment
-from jaxzoo.training.loop import init_state, train, update_step
+from jaxzoo.training.loop import train
+from jaxzoo.training.step import init_state, update_step
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Report
 
@@ -47,10 +48,11 @@ class Config:
 
 
 PRESETS = {"smoke": Config(steps=10), "full": Config()}
+SIZE = int(os.environ.get("SIZE", "8"))
 
 
 def loss(params, key, batch):
-    value = jnp.sum((params - batch + jax.random.normal(key, (3,))) ** 2)
+    value = jnp.sum((params - batch + jax.random.normal(key, (SIZE,))) ** 2)
     return value, {"loss": value}
 
 
@@ -58,14 +60,14 @@ def batches(t):
     if str(t) == os.environ.get("INTERRUPT_AT"):
         number = getattr(signal, os.environ.get("SIGNAL", "SIGINT"))
         os.kill(os.getpid(), number)
-    return np.full(3, t / 10, np.float32)
+    return np.full(SIZE, t / 10, np.float32)
 
 
 def main(config, run):
     optimizer = optax.adam(config.learning_rate)
     state = train(
         run, "fit", update_step(loss, optimizer),
-        init_state(jax.random.key(0), jnp.ones(3), optimizer), batches,
+        init_state(jax.random.key(0), jnp.ones(SIZE), optimizer), batches,
         num_steps=config.steps, log_every=4, show="loss",
     )
     history = run.history("fit")
@@ -94,10 +96,11 @@ def tree(tmp_path):
 
 
 def call(tree, *words, code=0, script=("-m", "experiments.toy.tiny"), **env):
+    plain = {"PYTHONPATH": str(REPO), "PYTHONWARNINGS": "error", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, *script, *map(str, words)],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(REPO), "PYTHONWARNINGS": "error", **env},
+        env={**os.environ, **plain, **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -261,3 +264,40 @@ def test_a_save_that_fails_is_a_sentence(here, monkeypatch):
     status, _, err = here("smoke")
     assert status == 2 and err.count("\n") == 1
     assert "cannot save to" in err and "No space left on device" in err
+
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+def test_a_mesh_is_named_on_the_command_line(tree):
+    call(tree, "--mesh", "tensor=8", XLA_FLAGS=EIGHT)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mesh", "data=3"], "mesh 'data=3' does not fit 8 devices"),
+        (["--mesh", "model=8"], "'model=8' is not AXIS=SIZE"),
+        ([], "the batch has 12 examples, which cannot be split evenly over data x"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_a_sentence(tree, words, message):
+    assert message in call(tree, *words, code=2, XLA_FLAGS=EIGHT, SIZE="12").stderr
+
+
+def test_a_number_that_is_not_finite_is_a_sentence(tree):
+    done = call(tree, "--inject-nan", "loss:6", code=1)
+    assert "error: fit, step 6: 'loss' of the metrics is not finite." in done.stderr
+    assert "nonfinite/fit-6.json has the batch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--inject-nan", "weights:6"], "inject-nan 'weights:6' is not WHERE:STEP"),
+        (["--non-finite", "ignore"], "invalid choice 'ignore'"),
+    ],
+)
+def test_options_that_are_wrong_are_a_sentence(tree, words, message):
+    done = call(tree, *words, code=2)
+    assert message in " ".join(done.stderr.replace("\u2502", " ").split())

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxzoo.training.checkpoint import Checkpoints, DamagedCheckpoint, digest, verify
-from jaxzoo.training.loop import init_state
+from jaxzoo.training.step import init_state
 
 REPO = Path(__file__).resolve().parents[2]
 OLDER, NEWEST = 30, 40

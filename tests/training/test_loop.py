@@ -15,7 +15,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxzoo.training.checkpoint import Checkpoints
-from jaxzoo.training.loop import Stopped, init_state, train, update_step
+from jaxzoo.training.loop import Stopped, train
+from jaxzoo.training.step import init_state, update_step
 
 ENDS = [5, 10, 15, 20, 23]  # where the compiled calls of the `fit` fixture end
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -157,39 +158,6 @@ def test_saves_on_the_way(single, open_run):
         single(run := open_run(), die, save_every=0.0)
     with Checkpoints(run.folder / "checkpoints" / "fit") as checkpoints:
         assert checkpoints.latest() == 10
-
-
-@pytest.mark.parametrize(
-    ("bad", "between"), [(0, "0 and 5"), (12, "10 and 15"), (22, "20 and 23")]
-)
-def test_a_metric_that_is_not_finite_is_named(open_run, bad, between):
-    def step(state, batch):
-        bound = jnp.where(batch["t"] == bad, jnp.nan, 1.0)
-        return {"n": state["n"] + 1}, {"fine": batch["t"], "bound": bound}
-
-    def batches(t):
-        return {"t": np.float32(t)}
-
-    start = {"n": jnp.zeros(())}
-    with pytest.raises(FloatingPointError, match=rf"fit: 'bound'.* {between}\."):
-        train(open_run(), "fit", step, start, batches, num_steps=23, log_every=5)
-
-
-def test_a_state_that_is_not_finite_is_never_saved(fit, open_run):
-    def poisoned(state, batch):
-        state, metrics = fit.step(state, batch)
-        spoil = jnp.where(jnp.asarray(state["step"]) == 12, jnp.nan, 0.0)
-        return state, {"loss": metrics["loss"] + spoil}
-
-    run = open_run()
-    with pytest.raises(FloatingPointError, match="10 and 15"):
-        train(
-            run, "fit", poisoned, fit.state(), fit.batches, num_steps=23, log_every=5,
-            save_every=0.0,
-        )  # fmt: skip
-    with Checkpoints(run.folder / "checkpoints" / "fit") as checkpoints:
-        assert checkpoints.latest() == 10
-    assert [row["step"] for row in rows(run)] == [5, 10]
 
 
 def test_works_outside_the_main_thread(single, open_run):

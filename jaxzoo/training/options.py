@@ -1,0 +1,30 @@
+"""How a run is carried out: what every experiment takes beside its own settings."""
+
+import dataclasses
+
+from jaxzoo.training.nonfinite import Injection, Policy
+
+__all__ = ["Options"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    mesh: str = "data=-1"
+    """Sizes of the axes data, fsdp and tensor; -1 takes the devices that are left."""
+    reproducible: bool = False
+    """The same bits on every mesh that splits the batch over 2, 4 or 8 devices."""
+    non_finite: Policy = "abort"
+    """What to do when a number is NaN or infinite."""
+    inject_nan: str = ""
+    """Puts a NaN into params, batch, loss or gradient at a step: loss:37. A test."""
+
+    def __post_init__(self):
+        self.injection()
+
+    def injection(self) -> Injection | None:
+        """What `inject_nan` asks for.
+
+        Raises:
+            ValueError: it is not WHERE:STEP.
+        """
+        return Injection.parse(self.inject_nan) if self.inject_nan else None

@@ -1,0 +1,141 @@
+"""One step of training as a pure function, whole or in virtual shards."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxzoo.training.mesh import BATCH_AXES
+
+__all__ = ["init_state", "update_step"]
+
+State = dict[str, Any]
+Batch = Any  # a pytree of arrays
+Metrics = dict[str, Any]
+Loss = Callable[[Any, jax.Array, Batch], tuple[jax.Array, Metrics]]
+
+VIRTUAL_SHARDS = 8
+
+
+def init_state(
+    key: jax.Array, params: Any, optimizer: optax.GradientTransformation
+) -> State:
+    """The state before the first step; `jax.vmap` it over keys for several seeds."""
+    return {
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "step": jnp.zeros((), jnp.int32),
+        "key": key,
+    }
+
+
+def update_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, reproducible: bool = False
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """One optimizer step as a pure function of (state, batch).
+
+    Args:
+        loss: maps `(params, key, batch)` to a scalar and a dict of scalars to log.
+        optimizer: any optax transformation.
+        reproducible: the same bits on every mesh that splits the batch over 2, 4 or 8
+            devices. The batch is cut into eight virtual shards, each with the key
+            `fold_in(key, shard)`; their gradients and metrics are averaged by one fixed
+            tree of sums, and every device makes the whole update. The loss and its
+            metrics have to be means over examples.
+
+    Returns:
+        `step(state, batch) -> (state, metrics)`, for `train`; `jax.vmap` it over seeds.
+    """
+
+    def gradient(params: Any, key: jax.Array, batch: Batch) -> tuple[Any, Metrics]:
+        return jax.grad(loss, has_aux=True)(params, key, batch)
+
+    def update(params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state["key"], state["step"])
+        if reproducible:
+            grads, metrics = _over_virtual_shards(gradient, state["params"], key, batch)
+            updated = _on_every_device(update)
+        else:
+            grads, metrics = gradient(state["params"], key, batch)
+            updated = update
+        params, opt_state = updated(state["params"], state["opt_state"], grads)
+        new_state = {
+            "params": params,
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+            "key": state["key"],
+        }
+        return new_state, metrics
+
+    return step
+
+
+def _over_virtual_shards(
+    gradient: Callable[..., Any], params: Any, key: jax.Array, batch: Batch
+) -> Any:
+    """The mean of `gradient` over the shards of a batch, added in a fixed order."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    if VIRTUAL_SHARDS % parts:
+        raise ValueError(
+            f"reproducible=True cuts a batch into {VIRTUAL_SHARDS} virtual shards, "
+            f"which cannot be spread over data x fsdp = {parts} devices."
+        )
+    count = VIRTUAL_SHARDS // parts
+
+    def one(params: Any, key: jax.Array, shard: jax.Array, batch: Batch) -> Any:
+        # The barriers keep the compiler from fusing a shard with what stands around
+        # it, which is another program on each mesh.
+        inputs = params, jax.random.fold_in(key, shard), batch
+        return lax.optimization_barrier(gradient(*lax.optimization_barrier(inputs)))
+
+    def on_device(params: Any, key: jax.Array, batch: Batch) -> Any:
+        first = lax.axis_index(BATCH_AXES) * count if mesh.shape else 0
+        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        total = lax.map(
+            lambda part: one(params, key, *part), (first + jnp.arange(count), split)
+        )
+        while jax.tree.leaves(total)[0].shape[0] > 1:
+            total = jax.tree.map(lambda x: x[::2] + x[1::2], total)
+        total = jax.tree.map(lambda x: x[0], total)
+        # Neighbours first, as above: sums over 1, 2 and 4 devices are the same tree.
+        for distance in (1, 2, 4):
+            if distance < parts:
+                swap = [(i, i ^ distance) for i in range(parts)]
+                other = lax.ppermute(total, BATCH_AXES, swap)
+                total = jax.tree.map(jnp.add, total, other)
+        mean = jax.tree.map(lambda x: x / VIRTUAL_SHARDS, total)
+        return lax.optimization_barrier(mean)
+
+    for leaf in jax.tree.leaves(batch):
+        if leaf.ndim == 0 or leaf.shape[0] % VIRTUAL_SHARDS:
+            raise ValueError(
+                f"reproducible=True cuts a batch into {VIRTUAL_SHARDS} virtual shards: "
+                f"a leaf of shape {leaf.shape} has no such number of equal parts."
+            )
+    if not mesh.shape:
+        return on_device(params, key, batch)
+    specs = (P(), P(), P(BATCH_AXES))
+    mapped = jax.shard_map(on_device, in_specs=specs, out_specs=P(), check_vma=False)
+    return mapped(params, key, batch)
+
+
+def _on_every_device(update: Callable[..., Any]) -> Callable[..., Any]:
+    """`update` of whole arrays, whatever the sharding: an elementwise loop over a part
+    may end in other instructions than over the whole."""
+
+    def whole(*trees: Any) -> Any:
+        return lax.optimization_barrier(update(*lax.optimization_barrier(trees)))
+
+    if not jax.sharding.get_abstract_mesh().shape:
+        return whole
+    return jax.shard_map(whole, in_specs=P(), out_specs=P(), check_vma=False)
