@@ -1,0 +1,355 @@
+"""Starts the processes of a run, says how one was lost, and leaves none behind.
+
+Without jax: a wrong command is answered at once, and nothing of it can go down here.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from jaxzoo.training.hub import Hub, Member
+from jaxzoo.training.peers import EXIT_LOST
+from jaxzoo.training.stderr import Reader
+
+__all__ = ["main", "supervise"]
+
+EXIT_USAGE, EXIT_CRASHED, EXIT_SIGTERM, EXIT_SIGINT = 2, 70, 75, 130
+# Ends that a process chose: claims hold, one fails, wrong command, stopped.
+_CHOSEN = {0, 1, EXIT_USAGE, EXIT_SIGTERM, EXIT_SIGINT}
+TICK = 0.05
+GRACE = 2.0  # seconds in which the others may end by themselves
+_PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    Exit status: 0 all processes gave 0; 1 claims failed; 2 the command is wrong; 75
+    SIGTERM and 130 Ctrl-C, after a checkpoint; 70 a process was lost.
+
+    Args:
+        argv: words after the module's name; None takes them from the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:split])
+    command = words[split + 1 :]
+    if not command:
+        _parser().error("no command: give it after --, as in -- python -m ...")
+    sys.exit(supervise(options, command))
+
+
+def supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Runs `command` in all processes, again after a crash if asked to.
+
+    Args:
+        options: as the command line gives them.
+        command: what each process runs.
+
+    Returns:
+        The exit status, see `main`.
+    """
+    for again in range(options.restarts + 1):
+        if again:
+            _say(f"Starting all processes again ({again} of {options.restarts}).")
+        with _Crew(options, command) as crew:
+            status = crew.wait()
+        if status != EXIT_CRASHED or crew.stopped:
+            break
+    return status
+
+
+class _Child:
+    """One process of the run, and what it wrote."""
+
+    def __init__(
+        self, rank: int, command: Sequence[str], env: dict[str, str], log: Path | None
+    ):
+        self.rank, self.code, self._first = rank, None, rank == 0
+        self._log = _opened(log, rank)
+        # A group of its own: Ctrl-C in the terminal reaches it through us alone.
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=None if self._first else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+            preexec_fn=_die_with(os.getpid()),
+        )
+        self.ended = 0.0
+
+    def read(self) -> None:
+        """Begins to read what it writes."""
+        out, err = self.process.stdout, self.process.stderr
+        assert err is not None
+        show = sys.stderr if self._first else None
+        self.err = Reader(err, show, self._log)
+        self._readers = [self.err]
+        if out is not None:
+            self._readers.append(Reader(out, None, self._log))
+
+    def poll(self) -> int | None:
+        """The exit status once it has ended, minus the signal if one ended it."""
+        if self.code is None:
+            self.code = self.process.poll()
+            self.ended = time.monotonic()
+        return self.code
+
+    def send(self, signum: int) -> None:
+        """Sends a signal to it and to whatever it started."""
+        # Gone, perhaps with a process of its own still in the group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signum)
+
+    def finish(self) -> None:
+        """Ends it for certain and reads its last words."""
+        self.send(signal.SIGKILL)
+        self.process.wait()
+        for reader in self._readers:
+            reader.finish()
+        if self._log is not None:
+            self._log.close()
+
+
+class _Crew:
+    """All processes of one attempt; a context manager that leaves none behind."""
+
+    def __init__(self, options: argparse.Namespace, command: Sequence[str]):
+        self.stopped: list[int] = []  # the signals that were passed on
+        self._received: list[int] = []
+        self._heartbeat = options.heartbeat
+        local = options.local is not None
+        size = options.local if local else 1
+        self._hub = Hub("127.0.0.1", 0, size) if local else None
+        self._before = {
+            signum: signal.signal(signum, self._receive)
+            for signum in (signal.SIGINT, signal.SIGTERM)
+        }
+        self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
+        self._children: list[_Child] = []
+        for rank in range(size):
+            env = _environment(options, self._hub, rank)
+            self._children.append(_Child(rank, command, env, options.log))
+        # Threads only now: a fork beside them could hang.
+        for child in self._children:
+            child.read()
+        if self._hub is not None:
+            self._hub.start()
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.finish()
+        if self._hub is not None:
+            self._hub.close()
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def wait(self) -> int:
+        """Until all have ended, or one was lost; the exit status of the run."""
+        while any([child.poll() is None for child in self._children]):
+            if self._received.count(signal.SIGINT) > 1:
+                return EXIT_SIGINT
+            self._pass_on()
+            if self._any_lost():
+                return self._close()
+            time.sleep(TICK)
+        return self._close() if self._any_lost() else self._status()
+
+    def _receive(self, signum: int, _: Any) -> None:
+        self._received.append(signum)
+
+    def _pause(self, *_: Any) -> None:
+        # Ctrl-Z: all stand still together, and nobody counts as lost.
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+
+    def _pass_on(self) -> None:
+        for signum in self._received:
+            if signum not in self.stopped:
+                self.stopped.append(signum)
+                self._send(signum)
+
+    def _send(self, signum: int) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.send(signum)
+
+    def _any_lost(self) -> bool:
+        if any(m.silent() > self._heartbeat for m in self._members().values()):
+            return True
+        return any(map(self._is_lost, self._children))
+
+    def _is_lost(self, child: _Child) -> bool:
+        if child.code is None:
+            return False
+        if child.code < 0 and -child.code in self.stopped:
+            return False
+        if child.code not in _CHOSEN:
+            return True
+        # It failed before it joined the others, who would wait for it.
+        alone = self._hub is not None and child.rank not in self._members()
+        waiting = any(other.code is None for other in self._children)
+        late = time.monotonic() - child.ended > GRACE
+        return child.code in {1, EXIT_USAGE} and alone and waiting and late
+
+    def _members(self) -> dict[int, Member]:
+        return {} if self._hub is None else dict(self._hub.members)
+
+    def _close(self) -> int:
+        """Says which process was lost, lets the others end and returns the status."""
+        time.sleep(2 * TICK)  # the line breaks a moment before the process is gone
+        child, how = self._culprit()
+        if child.code != EXIT_LOST:
+            _say(self._sentence(child, how))
+        if child.rank > 0:
+            child.send(signal.SIGKILL)
+            child.finish()
+            if child.err.last and child.code not in (None, EXIT_LOST):
+                _say(f"rank {child.rank} wrote last:\n" + "".join(child.err.last))
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end:
+            if all([other.poll() is not None for other in self._children]):
+                break
+            time.sleep(TICK)
+        return EXIT_CRASHED
+
+    def _culprit(self) -> tuple[_Child, str]:
+        """The process that was lost first, and how; the others only followed."""
+        for child in self._children:
+            child.poll()
+        members = self._members()
+        lost = [] if self._hub is None else [m.rank for m in self._hub.lost]
+        lost += [child.rank for child in self._children if self._is_lost(child)]
+        silent = [r for r, m in members.items() if m.silent() > self._heartbeat]
+        # Who ended because of another one says so by its status.
+        causes = [r for r in lost if self._children[r].code != EXIT_LOST]
+        child = self._children[[*causes, *silent, *lost][0]]
+        if child.code is None:
+            return child, f"has not answered for {self._heartbeat:.0f} s"
+        return child, _ending(child.code)
+
+    def _sentence(self, child: _Child, how: str) -> str:
+        pid, host = child.process.pid, socket.gethostname()
+        rank = child.rank if self._hub is not None else _outer_rank()
+        unknown = Member(rank=rank, pid=pid, host=host, at="", heard=0.0)
+        return self._members().get(child.rank, unknown).loss(how)
+
+    def _status(self) -> int:
+        codes = {child.code for child in self._children}
+        if signals := [-code for code in codes if code is not None and code < 0]:
+            # A signal of ours, before it could be handled.
+            return 128 + signals[0]
+        for status in (EXIT_SIGTERM, EXIT_SIGINT, EXIT_USAGE, 1):
+            if status in codes:
+                return status
+        return 0
+
+
+def _environment(
+    options: argparse.Namespace, hub: Hub | None, rank: int
+) -> dict[str, str]:
+    env = {
+        **os.environ,
+        "JAXZOO_HEARTBEAT": str(options.heartbeat),
+        "JAXZOO_INIT_TIMEOUT": str(options.init_timeout),
+    }
+    if hub is None:
+        if "JAXZOO_COORDINATOR" not in env:
+            env["JAXZOO_DISTRIBUTED"] = "auto"
+        return env
+    # NPROC: older jax hangs in collectives if the machine has fewer cores than devices.
+    env = {"JAX_PLATFORMS": "cpu", "NPROC": "16", **env}
+    env.pop("JAXZOO_DISTRIBUTED", None)
+    if options.devices_per_process is not None:
+        flag = f"--xla_force_host_platform_device_count={options.devices_per_process}"
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flag}"
+    return {
+        **env,
+        "JAXZOO_COORDINATOR": f"127.0.0.1:{hub.port}",
+        "JAXZOO_NUM_PROCESSES": str(options.local),
+        "JAXZOO_PROCESS_ID": str(rank),
+        "JAXZOO_LAUNCHER": str(os.getpid()),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxzoo.training.launch",
+        usage="%(prog)s [options] -- COMMAND ...",
+        description="Starts a run of many processes and watches over it.",
+    )
+    add = parser.add_argument
+    add("--local", type=_positive, metavar="N", help="processes on this machine")
+    add("--devices-per-process", type=_positive, metavar="M", help="pretend CPU ones")
+    add("--heartbeat", type=_seconds, default=30.0, metavar="S", help="silence allowed")
+    add("--init-timeout", type=_seconds, default=300.0, metavar="S", help="to start in")
+    add("--restarts", type=int, default=0, metavar="K", help="times to start again")
+    add("--log", type=Path, metavar="DIR", help="keeps all that the processes write")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 2 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds >= 2")
+    return seconds
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit {code}"
+
+
+def _outer_rank() -> int | str:
+    return os.environ.get("JAXZOO_PROCESS_ID", "of this host")
+
+
+def _opened(folder: Path | None, rank: int) -> IO[str] | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return open(folder / f"rank-{rank}.log", "a")
+
+
+def _die_with(parent: int) -> Any:
+    """What a child does first, so that it never outlives its launcher on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_CRASHED)
+
+    return ask
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

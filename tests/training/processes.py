@@ -1,0 +1,333 @@
+"""Kills processes of a run of two until it has finished, and compares the bits.
+
+    python -m tests.training.processes --kills 20 --seed 0
+
+Each kill comes at a random time of the start, the exchange, the compilation or the
+steps, to rank 0 or 1. The launcher must end all within the heartbeat + 5 s, with one
+sentence that names rank, pid, host and last step, without a C++ stack and without a
+process left over; then the same command goes on. The last line has the figures.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPO = Path(__file__).resolve().parents[2]
+NUM_STEPS = 60
+HEARTBEAT = 4.0
+STACK = re.compile(r"Check failure|stack trace|0x[0-9a-f]{6}|terminate called")
+SENTENCE = re.compile(
+    r"rank (\d) \(pid (\d+) on (\S+)\) (.+?); "
+    r"(?:its last step was (\d+) of (\w+)|it was still starting)\. Start the same"
+)
+
+
+class Launched:
+    """A run of small processes under the launcher.
+
+    Args:
+        folder: where rank 0 keeps the state, and all write down who they are.
+        cache: of compiled programs.
+        size: number of processes.
+        options: further words for the launcher.
+        words: further words for the processes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cache: Path,
+        *options: str,
+        size: int = 2,
+        words: tuple[str, ...] = (),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        for file in folder.glob("*.pid"):
+            file.unlink()
+        command = [sys.executable, "-m", "jaxzoo.training.launch"]
+        command += ["--local", str(size), "--heartbeat", str(HEARTBEAT), *options, "--"]
+        command += [sys.executable, __file__, "--sit", str(folder), *words]
+        self.process = subprocess.Popen(
+            command,
+            env=environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.out = self.err = ""
+
+    def pid(self, rank: int) -> int | None:
+        """The process id of a rank, once it runs."""
+        file = self.folder / f"{rank}.pid"
+        text = file.read_text() if file.exists() else ""
+        return int(text) if text else None
+
+    def wait_for(self, rank: int, at: str = "", timeout: float = 60) -> int:
+        """Waits until a rank has written `at` in its log; returns its process id."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and self.process.poll() is None:
+            log = self.folder / f"{rank}.log"
+            pid = self.pid(rank)
+            if pid is not None and log.exists() and at in log.read_text():
+                return pid
+            time.sleep(0.02)
+        raise AssertionError(f"rank {rank} did not reach '{at}': {self.end()}")
+
+    def end(self, timeout: float = 60) -> int:
+        """Waits for the end; `out` and `err` have what was written."""
+        self.out, self.err = self.process.communicate(timeout=timeout)
+        return self.process.returncode
+
+    def sentences(self) -> list[re.Match[str]]:
+        """The sentences on lost processes."""
+        return list(SENTENCE.finditer(self.err))
+
+    def left_over(self) -> list[int]:
+        """Processes of this run that are still there."""
+        marker = str(self.folder).encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if marker in path.read_bytes():
+                    found.append(int(path.parent.name))
+            except OSError:
+                continue
+        return found
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """What the launcher and its processes need."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}",
+    }
+
+
+def sit(options: argparse.Namespace) -> int:
+    """One process: steps with a psum over all devices, the state in a file."""
+    rank = int(os.environ.get("JAXZOO_PROCESS_ID", "0"))
+    folder = options.sit
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+
+    def note(text: str) -> None:
+        with open(folder / f"{rank}.log", "a") as file:
+            file.write(f"{text}\n")
+
+    note("begin")
+    received: list[int] = []
+
+    def handle(signum: int, _: Any) -> None:
+        note(f"signal {signum}")
+        received.append(signum)
+
+    from jaxzoo.training import launch
+
+    if rank == options.absent:
+        time.sleep(3600)
+    began = time.monotonic()
+    launch.initialize()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handle)
+    note("joined")
+    settings = {"learning_rate": 0.001 * (1 + rank * options.differ), "steps": 60}
+    launch.agree(settings)
+    note(f"agreed {time.monotonic() - began:.2f}")
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("d"))
+
+    def share(state, batch, flag):
+        mean = jax.lax.pmean(jnp.sin(batch.mean(0) + state), "d")
+        return state * 0.9 + mean, jax.lax.pmax(flag.max(), "d")
+
+    specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
+    step = jax.jit(
+        jax.shard_map(
+            share, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(),) * 2
+        )
+    )
+    file = folder / "state.json"
+    done, state = json.loads(file.read_text()) if file.exists() else [0, [0.5] * 4]
+    state = np.array(state, np.float32)
+    count, first = jax.local_device_count(), rank * jax.local_device_count()
+    launch.report_step("toy", done)
+    while done < options.steps:
+        rng = np.random.default_rng(done)
+        batch = rng.normal(size=(jax.device_count(), 1, 4)).astype(np.float32)
+        batch = batch[first : first + count].reshape(count, 4)
+        flag = np.full((count,), len(received) and received[0], np.int32)
+        batch, flags = (
+            jax.make_array_from_process_local_data(sharding, a) for a in (batch, flag)
+        )
+        new, stop = step(state, batch, flags)
+        state, stop = np.asarray(new), int(stop)
+        done += 1
+        if rank == 0:
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps([done, [float(x) for x in state]]))
+            temporary.replace(file)
+        launch.report_step("toy", done)
+        note(f"step {done}")
+        if done == options.fail and rank == 1:
+            raise RuntimeError("this rank fails")
+        if stop:
+            return 75 if stop == signal.SIGTERM else 130
+        time.sleep(options.pause)
+    return options.status
+
+
+def guarded(options: argparse.Namespace) -> int:
+    """`sit` with the errors that a command catches."""
+    from jaxzoo.training import launch
+
+    try:
+        return sit(options)
+    except launch.LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        (options.sit / f"{os.environ['JAXZOO_PROCESS_ID']}.said").write_text(str(error))
+        return error.code
+    except (RuntimeError, ValueError) as error:
+        sentence = launch.explain(error)
+        if sentence is None:
+            raise
+        print(sentence, file=sys.stderr)
+        return launch.EXIT_LOST
+
+
+class Figures(NamedTuple):
+    """What the kills came to.
+
+    Attributes:
+        kills: SIGKILLs that met a process of an unfinished run.
+        runs: runs that were finished.
+        phases: what the killed process was doing.
+        slowest: seconds from a kill to the end of all.
+        problems: whatever differs from the promise.
+    """
+
+    kills: int
+    runs: int
+    phases: Counter[str]
+    slowest: float
+    problems: list[str]
+
+    def __str__(self) -> str:
+        phases = ", ".join(f"{n} {name}" for name, n in sorted(self.phases.items()))
+        return (
+            f"{self.kills} kills ({phases}) in {self.runs} runs: all ended within "
+            f"{self.slowest:.1f} s of a heartbeat of {HEARTBEAT:.0f} s, "
+            f"{len(self.problems)} problems"
+        )
+
+
+def check_lost(run: Launched, rank: int, pid: int) -> list[str]:
+    """What is wrong about the end of a run whose `rank` was killed."""
+    said = run.sentences()
+    problems = []
+    if len(said) != 1:
+        problems.append(f"{len(said)} sentences: {run.err}")
+    elif said[0].groups()[:3] != (str(rank), str(pid), socket.gethostname()):
+        problems.append(f"wrong process: {run.err}")
+    if STACK.search(run.err + run.out):
+        problems.append(f"a C++ stack: {run.err}")
+    if run.process.returncode != 70:
+        problems.append(f"exit {run.process.returncode}")
+    if left := run.left_over():
+        problems.append(f"left over: {left}")
+    return problems
+
+
+def campaign(kills: int, seed: int, folder: Path) -> Figures:
+    """Kills until `kills` have met, each run with a few of them."""
+    rng = random.Random(seed)
+    phases: Counter[str] = Counter()
+    problems: list[str] = []
+    slowest, done, runs = 0.0, 0, 0
+    first = Launched(folder / "undisturbed", folder / "cache")
+    if first.end() != 0:
+        return Figures(0, 0, phases, 0.0, [first.err])
+    wanted = (folder / "undisturbed" / "state.json").read_text()
+    while done < kills:
+        place = folder / f"run{runs}"
+        for _ in range(4):
+            # A cold cache puts some of the kills into the compilation.
+            cache = folder / ("cache" if rng.random() < 0.6 else f"cold{done}")
+            run = Launched(place, cache, words=("--pause", "0.03"))
+            rank, wait = rng.randrange(2), rng.uniform(0.1, 4.5)
+            time.sleep(wait)
+            pid = run.pid(rank)
+            if pid is None or run.process.poll() is not None:
+                code = run.end()
+                if code != 0:
+                    problems.append(f"exit {code} without a kill: {run.err}")
+                continue
+            log = (place / f"{rank}.log").read_text().split("begin")[-1]
+            killed = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            code = run.end()
+            if code == 0:
+                continue
+            slowest = max(slowest, time.monotonic() - killed)
+            done += 1
+            last = log.split("\n")[-2].split(" ")[0]
+            phases[f"after '{last or 'begin'}' of rank {rank}"] += 1
+            found = check_lost(run, rank, pid)
+            problems += [f"kill {done} at {last}: {p}" for p in found]
+        if Launched(place, folder / "cache").end() != 0:
+            problems.append(f"run {runs} did not finish")
+        elif (place / "state.json").read_text() != wanted:
+            problems.append(f"run {runs} ended with other bits")
+        runs += 1
+        print(f"{done} kills, {len(problems)} problems", flush=True)
+    if slowest > HEARTBEAT + 5:
+        problems.append(f"an end took {slowest:.1f} s")
+    return Figures(done, runs, phases, slowest, problems)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sit", type=Path, help="be one of the processes")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
+    parser.add_argument("--pause", type=float, default=0.02)
+    parser.add_argument("--differ", type=float, default=0.0)
+    parser.add_argument("--absent", type=int, default=-1, help="this rank never joins")
+    parser.add_argument("--fail", type=int, default=-1, help="rank 1 raises here")
+    parser.add_argument("--status", type=int, default=0, help="exit status at the end")
+    options = parser.parse_args()
+    if options.sit is not None:
+        sys.exit(guarded(options))
+    with tempfile.TemporaryDirectory() as folder:
+        figures = campaign(options.kills, options.seed, Path(folder))
+    for problem in figures.problems:
+        print(problem)
+    print(figures)
+    sys.exit(1 if figures.problems else 0)
+
+
+if __name__ == "__main__":
+    main()
