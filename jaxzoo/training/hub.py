@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["ASLEEP", "BEAT", "Hub", "Member"]
+__all__ = ["ASLEEP", "BEAT", "Hub", "Member", "loss"]
 
 BEAT = 1.0  # seconds between two signs of life
 # Who was stopped or starved itself for this long cannot tell whether others were.
@@ -50,11 +50,16 @@ class Member:
 
     def loss(self, how: str) -> str:
         """The sentence on its end."""
-        where = f"its last step was {self.at}" if self.at else "it was still starting"
-        return (
-            f"{self} {how}; {where}. "
-            "Start the same command again: it goes on from the last checkpoint."
-        )
+        return loss(f"{self} {how}", self.at)
+
+
+def loss(what: str, at: str = "") -> str:
+    """The sentence on a process that was lost, `at` being what it had reached."""
+    where = f"its last known step was {at}" if at else "it was still starting"
+    return (
+        f"{what}; {where}. "
+        "Start the same command again: it goes on from the last checkpoint."
+    )
 
 
 class Hub:

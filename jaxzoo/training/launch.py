@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxzoo.training.child import EXIT_CRASHED
 from jaxzoo.training.hub import Hub
 from jaxzoo.training.peers import EXIT_LOST, LaunchError, Line, shield
 
@@ -36,7 +37,6 @@ __all__ = [
     "versions_and_code",
 ]
 
-EXIT_CRASHED = 70
 # What the errors of collectives and of jax's service say when a peer is not there.
 _LOST_WORDS = ("gloo", "nccl", "connection", "socket closed", "coordination service")
 
@@ -71,6 +71,8 @@ def initialize() -> None:
     place = _place(timeout)
     if place is None:
         return
+    if "JAXZOO_LAUNCHER" in os.environ:
+        _keep_stdout_clean()
     hosts_hub = place.rank == 0 and "JAXZOO_LAUNCHER" not in os.environ
     if hosts_hub:
         Hub("", place.port, place.size).start()
@@ -217,6 +219,14 @@ def _connect_jax(place: _Place, port: int, timeout: float, heartbeat: float) -> 
         # Ours comes first, jax's ends the process with a C++ stack.
         heartbeat_timeout_seconds=int(10 * heartbeat) + 100,
     )
+
+
+def _keep_stdout_clean() -> None:
+    """Sends what C++ prints, such as Gloo, to stderr, which the launcher filters."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", buffering=1, encoding=sys.stdout.encoding)
 
 
 def _end(hosts_hub: bool, sentence: str) -> None:

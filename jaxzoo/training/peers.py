@@ -56,7 +56,8 @@ class Line:
         timeout: float,
     ):
         self.at = ""  # how far this process is
-        self._size, self._lost, self._heartbeat = size, lost, heartbeat
+        self._rank, self._size = rank, size
+        self._lost, self._heartbeat = lost, heartbeat
         self._line = _connect(address, timeout)
         self._sending = threading.Lock()
         self._news = threading.Condition()
@@ -149,6 +150,8 @@ class Line:
             ]
             self._news.notify_all()
         for member in self._members:
+            if member.rank == self._rank:
+                continue
             if member.state not in {"here", "left"}:
                 return self._lost(member.loss(member.state))
             if member.silent() > self._heartbeat:

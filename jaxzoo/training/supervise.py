@@ -4,30 +4,26 @@ Without jax: a wrong command is answered at once, and nothing of it can go down 
 """
 
 import argparse
-import contextlib
-import ctypes
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from jaxzoo.training.hub import Hub, Member
+from jaxzoo.training.child import EXIT_CRASHED, Child
+from jaxzoo.training.hub import Hub, Member, loss
 from jaxzoo.training.peers import EXIT_LOST
-from jaxzoo.training.stderr import Reader
 
 __all__ = ["main", "supervise"]
 
-EXIT_USAGE, EXIT_CRASHED, EXIT_SIGTERM, EXIT_SIGINT = 2, 70, 75, 130
+EXIT_USAGE, EXIT_SIGTERM, EXIT_SIGINT = 2, 75, 130
 # Ends that a process chose: claims hold, one fails, wrong command, stopped.
 _CHOSEN = {0, 1, EXIT_USAGE, EXIT_SIGTERM, EXIT_SIGINT}
 TICK = 0.05
 GRACE = 2.0  # seconds in which the others may end by themselves
-_PR_SET_PDEATHSIG = 1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,61 +64,6 @@ def supervise(options: argparse.Namespace, command: Sequence[str]) -> int:
     return status
 
 
-class _Child:
-    """One process of the run, and what it wrote."""
-
-    def __init__(
-        self, rank: int, command: Sequence[str], env: dict[str, str], log: Path | None
-    ):
-        self.rank, self.code, self._first = rank, None, rank == 0
-        self._log = _opened(log, rank)
-        # A group of its own: Ctrl-C in the terminal reaches it through us alone.
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=None if self._first else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            process_group=0,
-            preexec_fn=_die_with(os.getpid()),
-        )
-        self.ended = 0.0
-
-    def read(self) -> None:
-        """Begins to read what it writes."""
-        out, err = self.process.stdout, self.process.stderr
-        assert err is not None
-        show = sys.stderr if self._first else None
-        self.err = Reader(err, show, self._log)
-        self._readers = [self.err]
-        if out is not None:
-            self._readers.append(Reader(out, None, self._log))
-
-    def poll(self) -> int | None:
-        """The exit status once it has ended, minus the signal if one ended it."""
-        if self.code is None:
-            self.code = self.process.poll()
-            self.ended = time.monotonic()
-        return self.code
-
-    def send(self, signum: int) -> None:
-        """Sends a signal to it and to whatever it started."""
-        # Gone, perhaps with a process of its own still in the group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signum)
-
-    def finish(self) -> None:
-        """Ends it for certain and reads its last words."""
-        self.send(signal.SIGKILL)
-        self.process.wait()
-        for reader in self._readers:
-            reader.finish()
-        if self._log is not None:
-            self._log.close()
-
-
 class _Crew:
     """All processes of one attempt; a context manager that leaves none behind."""
 
@@ -138,10 +79,10 @@ class _Crew:
             for signum in (signal.SIGINT, signal.SIGTERM)
         }
         self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
-        self._children: list[_Child] = []
+        self._children: list[Child] = []
         for rank in range(size):
             env = _environment(options, self._hub, rank)
-            self._children.append(_Child(rank, command, env, options.log))
+            self._children.append(Child(rank, command, env, options.log))
         # Threads only now: a fork beside them could hang.
         for child in self._children:
             child.read()
@@ -195,7 +136,7 @@ class _Crew:
             return True
         return any(map(self._is_lost, self._children))
 
-    def _is_lost(self, child: _Child) -> bool:
+    def _is_lost(self, child: Child) -> bool:
         if child.code is None:
             return False
         if child.code < 0 and -child.code in self.stopped:
@@ -214,41 +155,49 @@ class _Crew:
     def _close(self) -> int:
         """Says which process was lost, lets the others end and returns the status."""
         time.sleep(2 * TICK)  # the line breaks a moment before the process is gone
-        child, how = self._culprit()
+        child = self._culprit()
+        silent = f"has not answered for {self._heartbeat:.0f} s"
         if child.code != EXIT_LOST:
+            how = silent if child.code is None else _ending(child.code)
             _say(self._sentence(child, how))
-        if child.rank > 0:
-            child.send(signal.SIGKILL)
+        if child.rank > 0 and child.code is not None:
             child.finish()
-            if child.err.last and child.code not in (None, EXIT_LOST):
-                _say(f"rank {child.rank} wrote last:\n" + "".join(child.err.last))
-        end = time.monotonic() + GRACE
-        while time.monotonic() < end:
-            if all([other.poll() is not None for other in self._children]):
-                break
-            time.sleep(TICK)
+            if child.err.last:
+                _say(f"rank {child.rank} wrote last:\n{''.join(child.err.last)}")
+        self._wait_for(self._children)
         return EXIT_CRASHED
 
-    def _culprit(self) -> tuple[_Child, str]:
-        """The process that was lost first, and how; the others only followed."""
+    def _culprit(self) -> Child:
+        """The process that was lost first; the others only followed."""
+        lost = [] if self._hub is None else [m.rank for m in self._hub.lost]
+        # One that told of its end needs a moment for it.
+        self._wait_for([self._children[rank] for rank in lost[:1]])
         for child in self._children:
             child.poll()
-        members = self._members()
-        lost = [] if self._hub is None else [m.rank for m in self._hub.lost]
         lost += [child.rank for child in self._children if self._is_lost(child)]
-        silent = [r for r, m in members.items() if m.silent() > self._heartbeat]
         # Who ended because of another one says so by its status.
-        causes = [r for r in lost if self._children[r].code != EXIT_LOST]
-        child = self._children[[*causes, *silent, *lost][0]]
-        if child.code is None:
-            return child, f"has not answered for {self._heartbeat:.0f} s"
-        return child, _ending(child.code)
+        causes = [rank for rank in lost if self._children[rank].code != EXIT_LOST]
+        silent = [
+            rank
+            for rank, member in self._members().items()
+            if member.silent() > self._heartbeat and self._children[rank].code is None
+        ]
+        return self._children[[*causes, *silent, *lost][0]]
 
-    def _sentence(self, child: _Child, how: str) -> str:
-        pid, host = child.process.pid, socket.gethostname()
-        rank = child.rank if self._hub is not None else _outer_rank()
-        unknown = Member(rank=rank, pid=pid, host=host, at="", heard=0.0)
-        return self._members().get(child.rank, unknown).loss(how)
+    def _wait_for(self, children: Sequence[Child]) -> None:
+        end = time.monotonic() + GRACE
+        while time.monotonic() < end:
+            if all([child.poll() is not None for child in children]):
+                return
+            time.sleep(TICK)
+
+    def _sentence(self, child: Child, how: str) -> str:
+        if known := self._members().get(child.rank):
+            return known.loss(how)
+        # It never joined, or the hub is on another host.
+        name = "this host's process" if self._hub is None else f"rank {child.rank}"
+        where = f"pid {child.process.pid} on {socket.gethostname()}"
+        return loss(f"{name} ({where}) {how}")
 
     def _status(self) -> int:
         codes = {child.code for child in self._children}
@@ -324,31 +273,6 @@ def _ending(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return f"ended with exit {code}"
-
-
-def _outer_rank() -> int | str:
-    return os.environ.get("JAXZOO_PROCESS_ID", "of this host")
-
-
-def _opened(folder: Path | None, rank: int) -> IO[str] | None:
-    if folder is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    return open(folder / f"rank-{rank}.log", "a")
-
-
-def _die_with(parent: int) -> Any:
-    """What a child does first, so that it never outlives its launcher on Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(EXIT_CRASHED)
-
-    return ask
 
 
 def _say(sentence: str) -> None:

@@ -29,7 +29,7 @@ HEARTBEAT = 4.0
 STACK = re.compile(r"Check failure|stack trace|0x[0-9a-f]{6}|terminate called")
 SENTENCE = re.compile(
     r"rank (\d) \(pid (\d+) on (\S+)\) (.+?); "
-    r"(?:its last step was (\d+) of (\w+)|it was still starting)\. Start the same"
+    r"(?:its last known step was (\d+) of (\w+)|it was still starting)\. Start the same"
 )
 
 
@@ -124,7 +124,9 @@ def sit(options: argparse.Namespace) -> int:
     """One process: steps with a psum over all devices, the state in a file."""
     rank = int(os.environ.get("JAXZOO_PROCESS_ID", "0"))
     folder = options.sit
-    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    own = folder / f"{rank}.pid"
+    own.with_suffix(".new").write_text(str(os.getpid()))
+    own.with_suffix(".new").replace(own)
 
     def note(text: str) -> None:
         with open(folder / f"{rank}.log", "a") as file:
