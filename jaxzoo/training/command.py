@@ -7,11 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import tyro
 
+from jaxzoo.training import launch
 from jaxzoo.training.checkpoint import SaveError
 from jaxzoo.training.loop import Stopped
 from jaxzoo.training.mesh import PlacementError, make_mesh
@@ -111,6 +112,8 @@ def experiment(
     asked = parse(main, presets, words)
     options = asked.options
     try:
+        launch.initialize()
+        launch.agree(_facts(main, asked))
         several = jax.device_count() > 1 or options.mesh != Options.mesh
         run = Run(
             asked.run_dir,
@@ -123,6 +126,8 @@ def experiment(
             options=options,
             mesh=make_mesh(options.mesh) if several else None,
         )
+    except launch.LaunchError as error:
+        _fail(str(error), error.code)
     except (RunFolderError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
@@ -138,6 +143,11 @@ def experiment(
         sys.exit(EXIT_SIGINT if stopped.signum == signal.SIGINT else EXIT_SIGTERM)
     except PlacementError as error:
         _fail(str(error))
+    except jax.errors.JaxRuntimeError as error:
+        sentence = launch.explain(error)
+        if sentence is None:
+            raise
+        _fail(sentence, launch.EXIT_LOST)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
@@ -159,6 +169,14 @@ def _terminate(*_: Any) -> None:
     raise _Terminated
 
 
-def _fail(sentence: str) -> None:
+def _facts(main: Callable[[Any, Run], Report], asked: Asked) -> dict[str, Any]:
+    """What has to be the same in all processes of a run."""
+    settings = {**dataclasses.asdict(asked.config), **dataclasses.asdict(asked.options)}
+    settings |= {"preset": asked.preset, "run_dir": str(asked.run_dir)}
+    code = launch.versions_and_code(Path(main.__globals__["__file__"]))
+    return {**{name: str(value) for name, value in settings.items()}, **code}
+
+
+def _fail(sentence: str, code: int = EXIT_USAGE) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(EXIT_USAGE)
+    sys.exit(code)

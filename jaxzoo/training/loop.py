@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxzoo.training import nonfinite
 from jaxzoo.training.checkpoint import Checkpoints
 from jaxzoo.training.hosts import everyone, is_first, wait_for_all
+from jaxzoo.training.launch import report_step
 from jaxzoo.training.mesh import Specs, place
 from jaxzoo.training.program import (
     Batch,
@@ -209,6 +210,7 @@ class _Fit:
             self._stop_at(end - 1 if skip else int(told.bad), first, end, state)
         if skip:
             told.metrics["skipped"] = end - first - int(told.fine)
+        report_step(self.name, end)
         self.run.log(self.name, end, told.metrics)
         progress.update(end, told.metrics)
         signum, save = told.wishes.tolist()
@@ -292,7 +294,8 @@ def _pass_over(state: State, size: int) -> State:
 def _start(run: Run, state: Any, specs: Specs | None) -> State:
     """The state at step 0, in arrays that a call may take for its own."""
     if run.mesh is not None:
-        return place(run.mesh, state, specs)
+        same = run.options.reproducible
+        return place(run.mesh, state, specs, reproducible=same)
     if callable(state):
         return jax.jit(state)()
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)

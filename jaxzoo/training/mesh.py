@@ -117,7 +117,9 @@ def _spec(mesh: Mesh, leaf: Any) -> P:
     return P(*axes)
 
 
-def place(mesh: Mesh, state: Any, specs: Specs | None = None) -> Any:
+def place(
+    mesh: Mesh, state: Any, specs: Specs | None = None, *, reproducible: bool = False
+) -> Any:
     """A state on the mesh, as fresh arrays.
 
     Args:
@@ -125,10 +127,15 @@ def place(mesh: Mesh, state: Any, specs: Specs | None = None) -> Any:
         state: a pytree of arrays, the same in every process; or a function without
             arguments that makes it, so that no device ever holds all of it.
         specs: as for `state_shardings`.
+        reproducible: makes all of the state on each device first: the last bits of a
+            random number depend on how large a part it is made in.
     """
     if callable(state):
         shardings = state_shardings(mesh, jax.eval_shape(state), specs)
-        return jax.jit(state, out_shardings=shardings)()
+        if not reproducible:
+            return jax.jit(state, out_shardings=shardings)()
+        whole = jax.jit(state, out_shardings=NamedSharding(mesh, P()))()
+        return jax.device_put(whole, shardings, may_alias=False)
     # By way of NumPy: other processes' devices take no array that lies on one of ours.
     keys = jax.tree.map(_key_impl, state)
     plain = jax.tree.map(_to_numpy, state)

@@ -92,18 +92,23 @@ def _over_virtual_shards(
         )
     count = VIRTUAL_SHARDS // parts
 
-    def one(params: Any, key: jax.Array, shard: jax.Array, batch: Batch) -> Any:
-        # The barriers keep the compiler from fusing a shard with what stands around
-        # it, which is another program on each mesh.
-        inputs = params, jax.random.fold_in(key, shard), batch
-        return lax.optimization_barrier(gradient(*lax.optimization_barrier(inputs)))
+    def one(params: Any, key: jax.Array, shard: Any, batch: Batch) -> Any:
+        return gradient(params, jax.random.fold_in(key, shard), batch)
 
     def on_device(params: Any, key: jax.Array, batch: Batch) -> Any:
-        first = lax.axis_index(BATCH_AXES) * count if mesh.shape else 0
+        first = lax.axis_index(BATCH_AXES) * count if mesh.shape else jnp.int32(0)
         split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        total = lax.map(
-            lambda part: one(params, key, *part), (first + jnp.arange(count), split)
-        )
+
+        def part(i: Any) -> Batch:
+            return jax.tree.map(lambda x: x[i], split)
+
+        def body(i: jax.Array, results: Any) -> Any:
+            result = one(params, key, first + i, part(i))
+            return jax.tree.map(lambda all, x: all.at[i].set(x), results, result)
+
+        shapes = jax.eval_shape(lambda: one(params, key, first, part(0)))
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+        total = lax.fori_loop(0, _uncounted(count, first), body, empty)
         while jax.tree.leaves(total)[0].shape[0] > 1:
             total = jax.tree.map(lambda x: x[::2] + x[1::2], total)
         total = jax.tree.map(lambda x: x[0], total)
@@ -113,8 +118,7 @@ def _over_virtual_shards(
                 swap = [(i, i ^ distance) for i in range(parts)]
                 other = lax.ppermute(total, BATCH_AXES, swap)
                 total = jax.tree.map(jnp.add, total, other)
-        mean = jax.tree.map(lambda x: x / VIRTUAL_SHARDS, total)
-        return lax.optimization_barrier(mean)
+        return jax.tree.map(lambda x: x / VIRTUAL_SHARDS, total)
 
     for leaf in jax.tree.leaves(batch):
         if leaf.ndim == 0 or leaf.shape[0] % VIRTUAL_SHARDS:
@@ -129,13 +133,29 @@ def _over_virtual_shards(
     return mapped(params, key, batch)
 
 
+def _uncounted(turns: int, index: jax.Array) -> jax.Array:
+    """`turns`, but the compiler does not know it.
+
+    What stands in the body of a loop is fused with nothing outside it. So the loop is
+    the same program on each mesh, unless the compiler takes it apart for being short.
+    """
+    return turns + (index < 0).astype(jnp.int32)  # an index is never below 0
+
+
 def _on_every_device(update: Callable[..., Any]) -> Callable[..., Any]:
-    """`update` of whole arrays, whatever the sharding: an elementwise loop over a part
-    may end in other instructions than over the whole."""
+    """`update` of whole arrays, in a loop of one turn; see `_uncounted` for why."""
 
-    def whole(*trees: Any) -> Any:
-        return lax.optimization_barrier(update(*lax.optimization_barrier(trees)))
+    def whole(params: Any, opt_state: Any, grads: Any) -> Any:
+        index = lax.axis_index(BATCH_AXES) if mesh.shape else jnp.int32(0)
 
-    if not jax.sharding.get_abstract_mesh().shape:
+        def body(i: jax.Array, carry: Any) -> Any:
+            # What does not depend on the turn would be moved out of the loop.
+            now = jax.tree.map(lambda g: jnp.where(i == 0, g, 0), grads)
+            return update(*carry, now)
+
+        return lax.fori_loop(0, _uncounted(1, index), body, (params, opt_state))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.shape:
         return whole
     return jax.shard_map(whole, in_specs=P(), out_specs=P(), check_vma=False)

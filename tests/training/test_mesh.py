@@ -225,6 +225,27 @@ def test_reproducible_is_bit_identical_on_2_4_and_8(text, open_on, reproducible)
     assert_same(plain(fit(open_on(text), reproducible=True)), reproducible)
 
 
+def test_reproducible_holds_for_several_seeds_at_once(open_on):
+    """`jax.vmap` over the step, as the experiments do."""
+
+    def starts():
+        return jax.vmap(lambda k: {**start(), "key": k})(
+            jax.random.split(jax.random.key(5), 2)
+        )
+
+    def batches(t):
+        return {"x": np.stack([batch_at(t)["x"], batch_at(t + 1)["x"]])}
+
+    step = jax.vmap(update_step(loss, OPTIMIZER, reproducible=True))
+    ends = []
+    for text in ("data=2", "fsdp=4", "data=8", "fsdp=4,tensor=2"):
+        run = open_on(text, text)
+        knobs: Any = {"num_steps": 10, "log_every": 5, "batch_axis": 1}
+        ends.append(plain(train(run, "fit", step, starts, batches, **knobs)))
+    for end in ends[1:]:
+        assert_same(end, ends[0])
+
+
 def test_plain_data_parallel_is_not(open_on, reproducible):
     """What `reproducible` is for: without it the bits depend on the mesh."""
     ends = [plain(fit(open_on(f"data={n}", f"run{n}"))) for n in (2, 8)]
