@@ -17,7 +17,7 @@ MIN_SECONDS = 0.1  # what compiles faster than that is not worth a file
 
 def enable(
     folder: Path | None = None, *, say: Callable[[str], None] = lambda text: None
-) -> Path | None:
+) -> str | None:
     """Turns the persistent compile cache on, unless the user has decided.
 
     Call it before the first compilation: jax looks once whether there is a cache. What
@@ -35,7 +35,7 @@ def enable(
     if not jax.config.jax_enable_compilation_cache:
         return None
     if chosen := jax.config.jax_compilation_cache_dir:
-        return Path(chosen)
+        return chosen
     try:
         # Not by `Path.home`: without HOME and passwd entry it raises a RuntimeError.
         home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -51,7 +51,7 @@ def enable(
     jax.config.update("jax_compilation_cache_dir", str(place))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
-    return place
+    return str(place)
 
 
 def machine_digest() -> str:
