@@ -98,7 +98,8 @@ def host_script(job: Job) -> str:
             "git checkout --quiet --force FETCH_HEAD",
             "uv venv --quiet --allow-existing --python 3.13 .venv",
             f'uv pip install --quiet --editable ".[{extra}]" gcsfs',
-            "export JAXZOO_DISTRIBUTED=auto",
+            # jax finds the other hosts, unless the launcher names them.
+            '[ -n "${JAXZOO_COORDINATOR:-}" ] || export JAXZOO_DISTRIBUTED=auto',
             'export JAX_COMPILATION_CACHE_DIR="$RUNS/compile-cache"',
             # exec: the signal of the launcher reaches the run, not a shell around it.
             "exec .venv/bin/python -m jaxzoo.training.launch --"

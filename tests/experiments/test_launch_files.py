@@ -380,7 +380,7 @@ def test_the_host_runs_the_command_and_reports_its_status(tmp_path, joined):
         (tmp_path / name).chmod(0o755)
     python = place / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    told = '"$@" "$JAXZOO_DISTRIBUTED" "$JAX_COMPILATION_CACHE_DIR"'
+    told = '"$@" "${JAXZOO_DISTRIBUTED-none}" "$JAX_COMPILATION_CACHE_DIR"'
     python.write_text(f"#!/bin/bash\nprintf '%s\\n' {told}\nexit 75\n")
     python.chmod(0o755)
     env = {**ASKED, "REPOSITORY": "r", "PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": "/"}
@@ -392,6 +392,9 @@ def test_the_host_runs_the_command_and_reports_its_status(tmp_path, joined):
             *(*COMMAND[1:], "--run-dir", f"{ASKED['RUNS']}/{job.label}"),
             *("auto", f"{ASKED['RUNS']}/compile-cache"),
         ]
+        named = {**env, "JAXZOO_COORDINATOR": "host-0:1"}  # auto would win over it
+        done = run(host_script(job).replace("\n", joined), named)
+        assert done.stdout.splitlines()[-2] == "none"
         (tmp_path / "git").write_text("#!/bin/bash\nexit 1\n")
         # No verdict on the claims, so not 1.
         assert run(host_script(job).replace("\n", joined), env).returncode == 70
