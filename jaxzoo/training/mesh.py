@@ -135,7 +135,7 @@ def place(
         if not reproducible:
             return jax.jit(state, out_shardings=shardings)()
         whole = jax.jit(state, out_shardings=NamedSharding(mesh, P()))()
-        return jax.device_put(whole, shardings, may_alias=False)
+        return jax.jit(_copy, out_shardings=shardings)(whole)
     # By way of NumPy: other processes' devices take no array that lies on one of ours.
     keys = jax.tree.map(_key_impl, state)
     plain = jax.tree.map(_to_numpy, state)
@@ -145,6 +145,10 @@ def place(
         return jax.tree.map(_from_numpy, plain, keys)
 
     return jax.jit(rebuild, out_shardings=shardings)(plain)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _key_impl(leaf: Any) -> Any:
