@@ -72,17 +72,16 @@ _KINDS = {
     "collective-broadcast",
 }
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-# Neither reads nor writes: names, views, and the ends of what was counted at its start.
+# Neither reads nor writes, or what it runs is counted in its own computation.
 _FREE = {
     "after-all",
-    "async-done",
     "async-start",
     "async-update",
     "bitcast",
     "call",
+    "call-start",
     "conditional",
     "constant",
-    "copy-done",
     "get-tuple-element",
     "opt-barrier",
     "parameter",
@@ -90,7 +89,7 @@ _FREE = {
     "replica-id",
     "tuple",
     "while",
-} | {f"{kind}-done" for kind in _KINDS}
+}
 _VIEWS = {"bitcast", "convert", "copy", "reshape", "transpose"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # where the update stands
@@ -235,7 +234,7 @@ def _callees(
         pair = r"(?:true|false)_computation=%?([\w.\-]+)"
         for branch in _names(listed[1]) if listed else re.findall(pair, attributes):
             yield branch, 1
-    elif opcode in ("call", "async-start") or (fusions and opcode == "fusion"):
+    elif opcode.removesuffix("-start") in ("call", "async", *["fusion"] * fusions):
         callee = _attribute(attributes, "calls") or _attribute(attributes, "to_apply")
         if callee:
             yield callee, 1
@@ -356,9 +355,12 @@ def _moved(
     computation: dict[str, _Instruction],
     computations: _Computations,
 ) -> int:
-    opcode, result = instruction.opcode, _hbm(instruction)
-    if opcode in _FREE:
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
+    if '"AllocateBuffer"' in instruction.attributes:
+        return 0
+    instruction = _synchronous(instruction)
+    opcode, result = instruction.opcode, _hbm(instruction)
     operands = [computation[name] for name in instruction.operands]
     if opcode == "fusion":
         inner = computations[_attribute(instruction.attributes, "calls")]
@@ -371,6 +373,22 @@ def _moved(
     if opcode.endswith("-start") and instruction.type.startswith("("):
         return result  # such a type lists the operands too
     return result + sum(map(_hbm, operands))
+
+
+def _synchronous(instruction: _Instruction) -> _Instruction:
+    """The kernel that `fusion-start` and its like run; others as they are."""
+    kernel = instruction.opcode.removesuffix("-start")
+    if kernel == instruction.opcode or kernel not in {"fusion", *_SLICES, *_UPDATES}:
+        return instruction
+    # The type is (operands, result, more).
+    depth, parts = 0, [""]
+    for character in instruction.type[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return instruction._replace(opcode=kernel, type=parts[1])
 
 
 def _moved_by_fusion(

@@ -1,0 +1,458 @@
+"""The dry run without any vendor's compiler: its figures on pretend CPU devices."""
+
+import io
+import json
+import sys
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from jaxzoo.training import command, dry_run, forecast, record, topology
+from jaxzoo.training.chips import Chip, chip
+from jaxzoo.training.forecast import Memory, network_seconds
+from jaxzoo.training.forecast_page import advice, as_json, show
+from jaxzoo.training.hlo import Collective
+
+CPU = Chip("cpu", ("cpu",), 1e12, 2**30, 1e11, 1e10, 1e9, 0, 1, "made up")
+WIDTH, ROWS, STEPS = 64, 16, 3
+
+
+class Program(NamedTuple):
+    """As `train` hands it to `run.dry_run`."""
+
+    name: str
+    call: Any
+    arguments: tuple
+    step: Any
+    batch: Any
+    steps: int
+    examples: int
+    mesh: Mesh
+
+
+def program(devices, fsdp, *, width=WIDTH, layers=2, name="fit"):
+    """An MLP under Adam; each matrix split over fsdp, the batch over everything."""
+    shape = (len(devices) // fsdp, fsdp)
+    types = (AxisType.Auto,) * 2
+    mesh = Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=types)
+    optimizer = optax.adam(1e-3)
+
+    def init():
+        params = {"w": jnp.zeros((layers, width, width))}
+        key = jax.random.key(0)
+        return {"params": params, "opt_state": optimizer.init(params), "key": key}
+
+    def step(state, batch):
+        def loss(params):
+            def layer(h, w):
+                return jnp.tanh(h @ w), None
+
+            return jnp.mean(jax.lax.scan(layer, batch, params["w"])[0] ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(state["params"])
+        updates, opt_state = optimizer.update(gradient, state["opt_state"])
+        params = optax.apply_updates(state["params"], updates)
+        return {**state, "params": params, "opt_state": opt_state}, {"loss": value}
+
+    def place(leaf):
+        spec = P(None, "fsdp") if leaf.ndim == 3 else P()
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map(place, jax.eval_shape(init))
+    batch = jax.ShapeDtypeStruct((ROWS, width), jnp.float32)
+    sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    stacked = jax.ShapeDtypeStruct(
+        (STEPS, *batch.shape), batch.dtype, sharding=sharding
+    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    call = jax.jit(
+        lambda state, batch: jax.lax.scan(step, state, batch),
+        donate_argnums=0,
+        out_shardings=(places, NamedSharding(mesh, P())),
+    )
+    return Program(name, call, (state, stacked), step, batch, STEPS, ROWS, mesh)
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """Forecasts by the size of fsdp, on eight devices."""
+    devices = jax.devices()
+    return {n: forecast.forecast(program(devices, n), CPU, "cpu") for n in (1, 2, 8)}
+
+
+MATRICES = 2 * WIDTH * WIDTH * 4
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_memory_falls_with_fsdp(figures, fsdp):
+    memory = figures[fsdp].memory
+    assert memory.parameters == MATRICES // fsdp
+    assert memory.optimizer == 2 * MATRICES // fsdp + 4  # and Adam's count
+    assert memory.other == jax.random.key(0).dtype.itemsize
+    assert memory.batch == STEPS * ROWS * WIDTH * 4 // 8
+    assert memory.temporaries >= 0
+    parts = (*memory[:4], memory.temporaries)
+    assert memory.fits and sum(parts) == pytest.approx(memory.peak, rel=0.01)
+    if fsdp > 1:
+        assert memory.peak < 0.8 * figures[1].memory.peak
+
+
+def test_flops_are_those_of_one_step_of_all_devices(figures):
+    products = 2 * ROWS * WIDTH * WIDTH * 2 * 3
+    for each in figures.values():
+        assert each.matmul_flops == products
+        assert products < each.flops < 1.3 * products
+        assert each.unknown == ()
+        assert each.compute_seconds == each.flops / 8 / CPU.flops
+
+
+def test_collectives_are_those_of_one_step(figures):
+    (gradients, *rest) = figures[1].networks
+    assert (gradients.kind, gradients.group_size) == ("all-reduce", 8)
+    assert gradients.bytes == pytest.approx(MATRICES, rel=0.01)
+    assert gradients.wire_bytes == gradients.bytes * 2 * 7 / 8
+    wire_seconds = gradients.wire_bytes / CPU.interconnect
+    assert gradients.seconds == pytest.approx(wire_seconds)
+    seconds = sum(network.seconds for network in (gradients, *rest))
+    assert figures[1].network_seconds == pytest.approx(seconds)
+    assert any(network.kind == "all-gather" for network in figures[8].networks)
+
+
+def test_the_bound_is_the_longest_of_the_floors(figures):
+    each = figures[1]
+    seconds = (each.compute_seconds, each.memory_seconds, each.network_seconds)
+    assert each.floor == max(seconds)
+    names = ("compute", "memory", "network")
+    assert each.bound == names[seconds.index(max(seconds))]
+    assert each.mfu == each.compute_seconds / each.floor
+    # Traffic: parameters, moments and gradients are moved a few times each step.
+    assert 6 * MATRICES < each.traffic < 60 * MATRICES
+    slow = each._replace(compute_seconds=1.0)
+    assert (slow.bound, slow.floor, slow.mfu) == ("compute", 1.0, 1.0)
+
+
+HEAD = {"experiment": "toy", "topology": "v5e:2x4", "versions": "jax 1"}
+
+
+def printed(figures, width, colors=False):
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, highlight=False, markup=False, force_terminal=colors
+    )
+    show(figures, CPU, HEAD, console)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_report_has_every_figure_at_every_width(figures, width):
+    text = printed(figures[8], width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "\x1b" not in text and "…" not in text
+    assert "\x1b" in printed(figures[8], width, colors=True)
+    for words in (
+        "toy fit on v5e:2x4", "mesh data=1, fsdp=8", "p parameters", "4 KiB",
+        "o optimizer state", "b batches of a call", "t temporaries", "  peak",
+        "fits into 1 GiB", "counted from the jaxpr", "loops once", "all-gather",
+        "10 GB/s in a node", "MFU", f"Bound by {figures[8].bound}",
+    ):  # fmt: skip
+        assert words in " ".join(text.split()) or words in text, words
+
+
+def test_the_bar_shows_the_shares_and_the_limit(figures):
+    memory = Memory(2**20, 2 * 2**20, 0, 0, 2**20, 4 * 2**20, 8 * 2**20)
+    bar = printed(figures[8]._replace(memory=memory), 82)
+    bar = next(line for line in bar.splitlines() if line.startswith("["))
+    assert len(bar) == 60
+    assert bar.count("p") == pytest.approx(58 / 8, abs=1)
+    assert bar.count("o") == pytest.approx(58 / 4, abs=1)
+    assert bar.count(".") == pytest.approx(58 / 2, abs=1)
+    text = printed(figures[8]._replace(memory=memory._replace(available=2**21)), 82)
+    bar = next(line for line in text.splitlines() if line.startswith("["))
+    assert bar.index("|") == 30 and "." not in bar
+    assert "DOES NOT FIT into 2 MiB" in text
+
+
+def test_json_has_the_same_figures(figures):
+    record = json.loads(json.dumps(as_json(figures[8], CPU)))
+    assert record["memory"]["parameters"] == MATRICES // 8
+    assert record["memory"]["fits"] is True
+    assert record["bound"] == figures[8].bound
+    assert record["floor_seconds"] == figures[8].floor
+    assert record["examples_per_second"] == ROWS / figures[8].floor
+    assert record["networks"][0]["kind"] == figures[8].networks[0].kind
+    assert record["chip"]["name"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
+            "the total memory required for HLO temporaries (600.00G) exceeds available "
+            "HBM (15.75G). HLO module: jit_call.",
+            600.0, 15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of "
+            "15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5, 15.75,
+        ),
+    ],
+)  # fmt: skip
+def test_a_program_that_the_compiler_refuses_for_its_size(
+    figures, message, needed, available
+):
+    class Refusing:
+        def trace(self, *_):
+            raise jax.errors.JaxRuntimeError(message)
+
+    refused = program(jax.devices(), 1)._replace(call=Refusing())
+    figures = forecast.forecast(refused, CPU, "cpu")
+    memory = figures.memory
+    assert (memory.peak / 2**30, memory.available / 2**30) == (needed, available)
+    assert not memory.fits and memory.temporaries is None
+    assert memory.parameters == MATRICES and figures.traffic is None
+    text = printed(figures, 60)
+    assert "DOES NOT FIT into 15.75 GiB" in text and "?" in text
+    assert as_json(figures, CPU)["memory"]["fits"] is False
+    sentence = advice(figures, "v5e:2x4")
+    assert f"fit does not fit: it needs {needed:.4g} GiB of the 15.75 GiB" in sentence
+    assert "a smaller batch" in sentence and "--topology v5e:4x4" in sentence
+
+
+def test_another_error_of_the_compiler_is_not_taken_for_that():
+    class Refusing:
+        def trace(self, *_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: vmem")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        refused = program(jax.devices(), 1)._replace(call=Refusing())
+        forecast.forecast(refused, CPU, "cpu")
+
+
+def test_the_advice_is_fsdp_where_the_state_is_the_load(figures):
+    memory = Memory(10, 20, 0, 0, None, 100, 16)
+    sentence = advice(figures[1]._replace(memory=memory), "v5e:16x16")
+    assert sentence.endswith("Try --mesh fsdp=8 to split the state.")
+    sentence = advice(figures[8]._replace(memory=memory), "v5e:2x4")
+    assert sentence.endswith("Try --topology v5e:4x4.")
+
+
+# The links that a group has.
+
+
+class Device(NamedTuple):
+    coords: tuple[int, ...]
+    core: int = 0
+    process_index: int = 0
+
+
+def slice_of(*shape, cores=1):
+    places = np.ndindex(*shape)
+    return [Device(place, core) for place in places for core in range(cores)]
+
+
+GB = 10**9
+
+
+def seconds(name, devices, group, kind="all-gather"):
+    made_of = chip(name)
+    assert made_of is not None
+    return network_seconds(Collective(kind, 1, GB, group), devices, made_of)
+
+
+def test_a_group_has_the_links_of_its_axes():
+    square = slice_of(4, 4, 1)
+    whole, row = tuple(range(16)), (0, 1, 2, 3)
+    # v5e: links of 50 GB/s; an axis of 4 is a line, one link at its ends.
+    assert seconds("TPU v5 lite", square, row) == pytest.approx(3 / 4 / 50)
+    assert seconds("TPU v5 lite", square, whole) == pytest.approx(15 / 16 / 100)
+    # An axis of 16 is a ring.
+    pod = slice_of(16, 16, 1)
+    assert seconds("TPU v5 lite", pod, tuple(range(16))) == pytest.approx(15 / 16 / 100)
+    # v5p: a ring where all three sides are multiples of four, links of 100 GB/s.
+    cube = slice_of(4, 4, 4)
+    assert seconds("TPU v5", cube, row) == pytest.approx(3 / 4 / 200)
+    assert seconds("TPU v5", slice_of(2, 2, 4), row) == pytest.approx(3 / 4 / 100)
+    reduced = seconds("TPU v5", cube, row, "all-reduce")
+    assert reduced == pytest.approx(2 * 3 / 4 / 200)
+
+
+def test_two_devices_of_a_chip_share_its_links():
+    devices = slice_of(2, 2, 1, cores=2)
+    # Both devices of each of two chips: a GB has to cross once, over one link.
+    assert seconds("TPU7x", devices, (0, 1, 2, 3)) == pytest.approx(1 / 2 / 100)
+    # One device of each: the other half of the chip's group wants the link too.
+    assert seconds("TPU7x", devices, (0, 2)) == pytest.approx(1 / 2 / 50)
+    assert seconds("TPU7x", devices, (0, 1)) == 0
+
+
+def test_nodes_of_gpus_send_once_for_all_their_members():
+    devices = [Device((), 0, node) for node in range(2) for _ in range(8)]
+    kind = "NVIDIA H100 80GB HBM3"
+    assert seconds(kind, devices, tuple(range(8))) == pytest.approx(7 / 8 / 450)
+    # Eight adapters of 50 GB/s carry one copy of the half that the others lack.
+    assert seconds(kind, devices, tuple(range(16))) == pytest.approx(7 / 8 / 450)
+    assert seconds(kind, devices, (0, 8)) == pytest.approx(1 / 2 / 50)
+    assert seconds(kind, devices, (0, 1, 8, 9)) == pytest.approx(1 / 2 / 100)
+
+
+# Topologies and the command line.
+
+
+@pytest.mark.parametrize(
+    ("name", "sentences"),
+    [
+        ("v5e:3x3", ["no topology 'v5e:3x3'", "did you mean v5e:2x4", "16x16"]),
+        ("v5:2x2", ["no topology 'v5:2x2'", "did you mean v5"]),
+        ("h100:3", ["did you mean h100:2"]),
+        ("v5p:4x4", ["2x2x4"]),
+        ("nonsense", ["v5e, v5p, v6e, tpu7x, h100"]),
+    ],
+)
+def test_a_topology_that_is_none_is_named_with_the_nearest(name, sentences):
+    with pytest.raises(ValueError) as caught:
+        topology.devices(name)
+    for sentence in sentences:
+        assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wheel"), [("v5e:2x2", "jax[tpu]"), ("h100:8", "jax-cuda13-plugin")]
+)
+def test_without_the_compiler_the_way_to_it_is_told(monkeypatch, name, wheel):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(topology.MissingWheelError) as caught:
+        topology.devices(name)
+    assert "pip install" in str(caught.value) and wheel in str(caught.value)
+
+
+class FakeRun:
+    """What an experiment sees of a run in a dry run."""
+
+    def __init__(self, folder, *, mesh, dry_run, **_):
+        self.folder, self.mesh, self.dry_run = folder, mesh, dry_run
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """An experiment of two fits, on eight devices that pass for H100."""
+    module: Any = types.ModuleType("experiments.toy.tiny")
+    module.__file__ = "experiments/toy/tiny.py"
+    module.PRESETS = {"full": 64, "small": 8}
+    seen = {}
+
+    def parse(main, presets, words):
+        preset = words[0] if words else "full"
+        return preset, presets[preset], None
+
+    def main(config, run):
+        print("the experiment speaks")
+        seen["config"], seen["mesh"] = config, run.mesh
+        if config == 64 and run.mesh.size == 6:
+            raise ValueError("64 examples cannot be split over 6")
+        for name in ("first", "second"):
+            run.dry_run(program(run.mesh.devices.ravel(), 1, name=name))
+
+    module.main = main
+    mesh = types.ModuleType("jaxzoo.training.mesh")
+    mesh.make_mesh = lambda text, devices: Mesh(np.array(devices), ("data",))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, mesh.__name__, mesh)
+    monkeypatch.setattr(command, "parse", parse, raising=False)
+    monkeypatch.setattr(record, "Run", FakeRun)
+    monkeypatch.setattr(dry_run, "chip", lambda _: CPU)
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices())
+    monkeypatch.setattr(topology, "prepare", lambda: None)
+    lower = forecast.forecast
+    monkeypatch.setattr(forecast, "forecast", lambda p, c, _: lower(p, c, "cpu"))
+    return seen
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as left:
+        dry_run.main(words)
+    return left.value.code
+
+
+TINY = ("experiments.toy.tiny", "--topology", "h100:8")
+
+
+def test_the_command_prints_the_report_of_the_first_fit(experiment, capsys):
+    dry_run.main(TINY)
+    out, err = capsys.readouterr()
+    assert out.startswith("experiments.toy.tiny first on h100:8")
+    assert "fits into" in out and "Bound by" in out
+    assert "the experiment speaks" in err and "Compiling first" in err
+    assert experiment["config"] == 64
+
+
+def test_flags_behind_two_dashes_are_the_experiments(experiment, capsys):
+    dry_run.main((*TINY, "--fit", "second", "--json", "--", "small"))
+    record = json.loads(capsys.readouterr().out)
+    assert experiment["config"] == 8
+    assert record["fit"] == "second" and record["topology"] == "h100:8"
+    assert record["memory"]["parameters"] == MATRICES
+
+
+def test_what_does_not_fit_exits_1_with_a_verdict(experiment, monkeypatch, capsys):
+    tiny = CPU._replace(hbm=2**10)
+    monkeypatch.setattr(dry_run, "chip", lambda _: tiny)
+    assert call(*TINY) == 1
+    out, err = capsys.readouterr()
+    assert "DOES NOT FIT into 1 KiB" in out
+    assert "error: first does not fit: it needs" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("experiments.toy.tinny", *TINY[1:]), "no module 'experiments.toy.tinny'"),
+        (("json", *TINY[1:]), "json is no experiment"),
+        ((*TINY, "--fit", "third"), "no fit 'third': the experiment has first, second"),
+        (TINY[:1], "--topology"),
+        ((*TINY, "--mehs", "data=8"), "--mehs"),
+    ],
+    ids=lambda value: None,
+)
+def test_a_wrong_command_exits_2_with_a_sentence(experiment, capsys, words, sentence):
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    assert sentence in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_a_sentence(
+    experiment, monkeypatch, capsys
+):
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:6])
+    assert call(*TINY) == 2
+    err = capsys.readouterr().err
+    assert "error: 64 examples cannot be split over 6" in err
+
+
+def test_an_experiment_that_trains_nothing_is_told(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[TINY[0]], "main", lambda config, run: None)
+    assert call(*TINY) == 2
+    assert "trains nothing" in capsys.readouterr().err
+
+
+def test_the_environment_is_set_before_jax_is_imported():
+    import subprocess
+
+    code = (
+        "import sys, os\n"
+        "import jaxzoo.training.dry_run as d\n"
+        "assert 'jax' not in sys.modules, 'jax was imported'\n"
+        "d.topologies.prepare()\n"
+        "assert os.environ['JAX_PLATFORMS'] == 'cpu'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
