@@ -106,7 +106,7 @@ def _program(module: Any, argv: Sequence[str], mesh: Any, fit: str | None) -> An
     """Runs the experiment up to the fit; its program is all that is wanted."""
     from jaxzoo.training import command, record
 
-    preset, config, _ = command.parse(module.main, module.PRESETS, list(argv))
+    asked = command.parse(module.main, module.PRESETS, list(argv))
     names: list[str] = []
 
     def stop(program: Any) -> None:
@@ -114,22 +114,22 @@ def _program(module: Any, argv: Sequence[str], mesh: Any, fit: str | None) -> An
         if fit in (None, program.name):
             raise _Found(program)
 
-    path = Path(module.__file__)
     with tempfile.TemporaryDirectory() as folder:
         # What the experiment says is no part of the report.
         with contextlib.redirect_stdout(sys.stderr):
             run = record.Run(
                 Path(folder),
-                topic=path.parent.name,
-                slug=path.stem,
-                title=path.stem,
-                preset=preset,
-                config=config,
+                topic=asked.topic,
+                slug=asked.slug,
+                title=asked.title,
+                preset=asked.preset,
+                config=asked.config,
+                options=asked.options,
                 mesh=mesh,
                 dry_run=stop,
             )
             try:
-                module.main(config, run)
+                module.main(asked.config, run)
             except _Found as found:
                 return found.program
             except ValueError as error:  # a batch that the mesh cannot split, say

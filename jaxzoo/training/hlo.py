@@ -426,13 +426,31 @@ def _read(
             total += _read(user, inner, computations)
         elif user.opcode == "fusion":
             callee = computations[_attribute(user.attributes, "calls")]
-            for parameter in callee.values():
-                if parameter.opcode == "parameter":
-                    if user.operands[int(parameter.operands[0])] == value.name:
-                        total += _read(parameter, callee, computations)
+            total += _read_by_fusion(value, user, inner, callee, computations)
         elif not (first and user.opcode in _UPDATES):  # which is done in place
             return whole
     return min(total, whole)
+
+
+def _read_by_fusion(
+    value: _Instruction,
+    fusion: _Instruction,
+    inner: dict[str, _Instruction],
+    callee: dict[str, _Instruction],
+    computations: _Computations,
+) -> int:
+    total = 0
+    for parameter in callee.values():
+        if parameter.opcode != "parameter":
+            continue
+        if fusion.operands[int(parameter.operands[0])] == value.name:
+            total += _read(parameter, callee, computations)
+            root = next(i for i in callee.values() if i.root)
+            while root.opcode in _VIEWS:
+                root = callee[root.operands[0]]
+            if root is parameter:  # a view, for those who use the fusion
+                total += _read(fusion, inner, computations)
+    return total
 
 
 def _written(

@@ -1,18 +1,18 @@
 """The dry run without any vendor's compiler: its figures on pretend CPU devices."""
 
+import importlib.util
 import io
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxzoo.training import command, dry_run, forecast, record, topology
@@ -21,65 +21,15 @@ from jaxzoo.training.forecast import Memory, network_seconds
 from jaxzoo.training.forecast_page import advice, as_json, show
 from jaxzoo.training.hlo import Collective
 
+SPEC = importlib.util.spec_from_file_location(
+    "jaxzoo_tests_toy", Path(__file__).with_name("toy.py")
+)
+assert SPEC is not None and SPEC.loader is not None
+toy = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(toy)
+program, WIDTH, ROWS, STEPS = toy.program, toy.WIDTH, toy.ROWS, toy.STEPS
+
 CPU = Chip("cpu", ("cpu",), 1e12, 2**30, 1e11, 1e10, 1e9, 0, 1, "made up")
-WIDTH, ROWS, STEPS = 64, 16, 3
-
-
-class Program(NamedTuple):
-    """As `train` hands it to `run.dry_run`."""
-
-    name: str
-    call: Any
-    arguments: tuple
-    step: Any
-    batch: Any
-    steps: int
-    examples: int
-    mesh: Mesh
-
-
-def program(devices, fsdp, *, width=WIDTH, layers=2, name="fit"):
-    """An MLP under Adam; each matrix split over fsdp, the batch over everything."""
-    shape = (len(devices) // fsdp, fsdp)
-    types = (AxisType.Auto,) * 2
-    mesh = Mesh(np.array(devices).reshape(shape), ("data", "fsdp"), axis_types=types)
-    optimizer = optax.adam(1e-3)
-
-    def init():
-        params = {"w": jnp.zeros((layers, width, width))}
-        key = jax.random.key(0)
-        return {"params": params, "opt_state": optimizer.init(params), "key": key}
-
-    def step(state, batch):
-        def loss(params):
-            def layer(h, w):
-                return jnp.tanh(h @ w), None
-
-            return jnp.mean(jax.lax.scan(layer, batch, params["w"])[0] ** 2)
-
-        value, gradient = jax.value_and_grad(loss)(state["params"])
-        updates, opt_state = optimizer.update(gradient, state["opt_state"])
-        params = optax.apply_updates(state["params"], updates)
-        return {**state, "params": params, "opt_state": opt_state}, {"loss": value}
-
-    def place(leaf):
-        spec = P(None, "fsdp") if leaf.ndim == 3 else P()
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    state = jax.tree.map(place, jax.eval_shape(init))
-    batch = jax.ShapeDtypeStruct((ROWS, width), jnp.float32)
-    sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
-    stacked = jax.ShapeDtypeStruct(
-        (STEPS, *batch.shape), batch.dtype, sharding=sharding
-    )
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    call = jax.jit(
-        lambda state, batch: jax.lax.scan(step, state, batch),
-        donate_argnums=0,
-        out_shardings=(places, NamedSharding(mesh, P())),
-    )
-    return Program(name, call, (state, stacked), step, batch, STEPS, ROWS, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +303,8 @@ def experiment(monkeypatch):
 
     def parse(main, presets, words):
         preset = words[0] if words else "full"
-        return preset, presets[preset], None
+        head = {"topic": "toy", "slug": "tiny", "title": "Tiny", "preset": preset}
+        return types.SimpleNamespace(**head, config=presets[preset], options=None)
 
     def main(config, run):
         print("the experiment speaks")
@@ -446,8 +397,6 @@ def test_an_experiment_that_trains_nothing_is_told(experiment, monkeypatch, caps
 
 
 def test_the_environment_is_set_before_jax_is_imported():
-    import subprocess
-
     code = (
         "import sys, os\n"
         "import jaxzoo.training.dry_run as d\n"

@@ -228,3 +228,54 @@ def test_traffic_counts_loops_and_of_slices_the_slice():
     moved = traffic(compiled(f, rows).as_text()).bytes
     # A row read, a row written, the carry read and written: not 50 x all rows.
     assert 4 * 50 * 1000 * 4 <= moved <= 10 * 50 * 1000 * 4
+
+
+NESTED_HLO = """\
+HloModule jit_f, is_scheduled=true, num_partitions=1
+
+%view (input: f32[64,64]) -> f32[4096] {
+  %input = f32[64,64]{1,0:T(8,128)} parameter(0)
+  ROOT %bitcast.1 = f32[4096]{0:T(1024)} bitcast(%input)
+}
+
+%kernel (param_0: f32[64,64], param_1: f32[9,4096], param_2: f32[9,4096]) -> \
+f32[9,4096] {
+  %param_0 = f32[64,64]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[9,4096]{1,0:T(8,128)} parameter(1)
+  %param_2 = f32[9,4096]{1,0:T(8,128)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %flat = f32[4096]{0:T(1024)} fusion(%param_0), kind=kLoop, calls=%view
+  %sine = f32[4096]{0:T(1024)} sine(%flat)
+  %row = f32[1,4096]{1,0:T(8,128)} dynamic-slice(%param_1, %zero, %zero), \
+dynamic_slice_sizes={1,4096}
+  %wide = f32[1,4096]{1,0:T(8,128)} reshape(%sine)
+  %sum = f32[1,4096]{1,0:T(8,128)} add(%row, %wide)
+  ROOT %update = f32[9,4096]{1,0:T(8,128)} dynamic-update-slice(%param_2, %sum, \
+%zero, %zero)
+}
+
+ENTRY %main (a: f32[64,64], b: f32[9,4096], c: f32[9,4096]) -> f32[9,4096] {
+  %a = f32[64,64]{1,0:T(8,128)} parameter(0)
+  %b = f32[9,4096]{1,0:T(8,128)} parameter(1)
+  %c = f32[9,4096]{1,0:T(8,128)} parameter(2)
+  %new = f32[9,4096]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  %start = ((f32[64,64], f32[9,4096], f32[9,4096]), f32[9,4096]{1,0:T(8,128)}, u32[]) \
+fusion-start(%a, %b, %c), kind=kLoop, calls=%kernel
+  ROOT %done = f32[9,4096]{1,0:T(8,128)} fusion-done(%start)
+}
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_kernel_moves_what_it_looks_at_and_what_it_changes(asynchronous):
+    text = NESTED_HLO
+    if not asynchronous:
+        kept = [line for line in text.splitlines() if "%done" not in line]
+        text = "\n".join(kept).replace("fusion-start", "fusion")
+        old = (
+            "((f32[64,64], f32[9,4096], f32[9,4096]), f32[9,4096]{1,0:T(8,128)}, u32[])"
+        )
+        text = text.replace(old, "f32[9,4096]{1,0:T(8,128)}")
+    # All of a, also through the view in a kernel of its own; a row of b; the row of c
+    # that is written, for the rest of c stays where it is.
+    assert traffic(text).bytes == 3 * 4096 * 4
