@@ -301,7 +301,7 @@ def _group(attributes: str, devices: int) -> tuple[int, ...]:
     if tiled:
         order = _iota(_numbers(tiled[3]), _numbers(tiled[4]))
         return tuple(order.reshape(int(tiled[1]), int(tiled[2]))[0].tolist())
-    named = re.search(r"replica_groups=mesh\[(.*?)\] \{([^}]*)\}", attributes)
+    named = re.search(r"replica_groups=(mesh\[.*?) \{([^}]*)\}", attributes)
     return _named_group(named[1], named[2]) if named else tuple(range(devices))
 
 
@@ -315,21 +315,19 @@ def _iota(shape: list[int], permutation: list[int]) -> np.ndarray:
 
 
 def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
-    """The group of `mesh['data'=2,'fsdp'=8] {'fsdp'}`, also of a part `'fsdp':(2)4`."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    order = re.search(r"device_ids=\(?\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh)
-    numbers = _iota(_numbers(order[1]), _numbers(order[2])) if order else None
-    if numbers is None:
-        numbers = np.arange(math.prod(sizes.values()))
-    shape: list[int] = []
-    taken: list[int | slice] = []
+    """The group of `mesh['data'=2,'fsdp'=8] {'fsdp'}`, also of a part `'fsdp':(2)4`.
+
+    Devices in another order, which the text may add, change who is in it, not how many.
+    """
     parts = {n: s for n, *s in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
-    for name, size in sizes.items():
+    shape: list[int] = []
+    for name, text in re.findall(r"'([^']+)'=(\d+)", mesh):
+        size = int(text)
         before, part = parts.get(name, ("1", "1"))
         before, part = int(before or 1), int(part or size)
         shape += [before, part, size // before // part]
-        taken += [0, slice(None) if name in parts else 0, 0]
-    return tuple(numbers.reshape(shape)[tuple(taken)].ravel().tolist())
+    taken = (0, slice(None), 0) * (len(shape) // 3)
+    return tuple(_iota(shape, [])[taken].ravel().tolist())
 
 
 def _bytes(type_text: str, *, main_memory: bool = False) -> int:

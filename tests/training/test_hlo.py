@@ -202,6 +202,26 @@ def test_the_syntax_of_a_tpu_is_read():
     assert found["all-reduce"].group == (0, 4, 8, 12)
 
 
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("{}", tuple(range(16))),
+        ("[4,4]<=[16]", (0, 1, 2, 3)),
+        ("[8,2]<=[2,8]T(1,0)", (0, 8)),
+        ("mesh['a'=2,'b'=8] {'b'}", tuple(range(8))),
+        ("mesh['a'=2,'b'=8] {'a','b'}", tuple(range(16))),
+        ("mesh['a'=2,'b'=8] {'b':(1)2}", (0, 4)),
+        ("mesh['a'=2,'b'=8] {'b':(2)4}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a'}", (0, 8)),
+    ],
+)
+def test_groups_are_read_in_every_notation(written, group):
+    text = TPU_HLO.replace("mesh['data'=4,'fsdp'=4] {'data'}", written)
+    found = {c.kind: c for c in collectives(text)}
+    assert found["all-reduce"].group == group
+
+
 def test_traffic_leaves_out_a_tpus_vector_memory():
     moved = traffic(TPU_HLO)
     # Each trip reads 512 x 2048 numbers and writes 4; all else is in vector memory,
