@@ -13,6 +13,7 @@ from jaxzoo.training.topology import TOPOLOGIES
 __all__ = ["advice", "as_json", "show"]
 
 _COLORS = ("cyan", "blue", "magenta", "yellow", "green")
+_PREALLOCATED = 0.75  # of a GPU's memory, by JAX's default
 _LETTERS = "posbt"  # where a terminal has no colors
 
 
@@ -38,6 +39,13 @@ def show(
         style="dim",
     )
     _memory(out, figures.memory)
+    share = figures.memory.peak / figures.memory.available
+    if not chip.links and _PREALLOCATED < share <= 1:
+        out.print(
+            "More than JAX takes of a GPU by default: set "
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={min(share + 0.02, 1.0):.2f}.",
+            style="yellow",
+        )
     if figures.traffic is None:
         return
     _compute(out, figures)

@@ -1,5 +1,7 @@
 """The count of a jaxpr against closed forms, and against what the compiler counts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def flops(f, *arguments):
     return count(jax.make_jaxpr(f)(*arguments)).flops
 
 
-def compiled(f, *arguments):
+def compiled(f, *arguments) -> Any:
     return jax.jit(f).lower(*arguments).compile()
 
 

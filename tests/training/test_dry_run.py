@@ -131,6 +131,14 @@ def test_the_bar_shows_the_shares_and_the_limit(figures):
     assert "DOES NOT FIT into 2 MiB" in text
 
 
+def test_what_jax_does_not_take_of_a_gpu_by_default_is_told(figures):
+    words = "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
+    memory = figures[1].memory
+    for peak, told in ((60, False), (90, True), (120, False)):
+        each = figures[1]._replace(memory=memory._replace(peak=peak, available=100))
+        assert (words in printed(each, 200)) == told
+
+
 def test_json_has_the_same_figures(figures):
     record = json.loads(json.dumps(as_json(figures[8], CPU)))
     assert record["memory"]["parameters"] == MATRICES // 8

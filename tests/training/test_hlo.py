@@ -1,5 +1,7 @@
 """Collectives and memory traffic of compiled programs whose figures are known."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from jaxzoo.training.hlo import collectives, traffic, wire_bytes
 W = jnp.ones((16, 16))
 
 
-def compiled(f, *arguments):
+def compiled(f, *arguments) -> Any:
     return jax.jit(f).lower(*arguments).compile()
 
 
@@ -23,7 +25,7 @@ def mesh_of(**axes):
     return Mesh(devices.reshape(*axes.values()), tuple(axes), axis_types=types)
 
 
-def hlo(f, mesh, shape, in_spec, out_spec):
+def hlo(f, mesh, shape, in_spec, out_spec) -> Any:
     f = jax.shard_map(
         f, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False
     )
@@ -90,7 +92,7 @@ def test_the_collectives_of_data_parallel_training_are_the_gradients():
         lambda w, x: w - jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(w),
         out_shardings=NamedSharding(mesh, P()),
     )
-    found = collectives(step.lower(w, x).compile().as_text())
+    found = collectives(compiled(step, w, x).as_text())
     assert [(c.kind, c.bytes, c.group_size) for c in found] == [
         ("all-reduce", 16 * 32 * 4, 8)
     ]
