@@ -1,8 +1,9 @@
 """What a training program will need and how fast it can be, from its compiled form.
 
 The compiler of the real machine says what memory it takes and which collectives it
-makes; FLOPs are counted from the jaxpr. Times are floors: every rate at its peak, every
-byte moved once, everything overlapped.
+makes; FLOPs are counted from the jaxpr. Times are floors: every rate at its peak, work
+shared evenly, compute, memory and network all at once, but one collective after the
+other. Latencies are left out, so a step of microseconds takes longer than its floor.
 """
 
 import math

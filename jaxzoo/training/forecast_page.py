@@ -161,7 +161,8 @@ def _table(*headers: str) -> Table:
         box=None, show_header=bool(headers), header_style="dim", pad_edge=False
     )
     for header in headers or ("", "", ""):
-        table.add_column(header, justify="right" if table.columns else "left")
+        justify = "right" if table.columns else "left"
+        table.add_column(header, justify=justify, overflow="fold")
     return table
 
 

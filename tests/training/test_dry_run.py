@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jaxzoo.training import command, dry_run, forecast, record, topology
 from jaxzoo.training.chips import Chip, chip
-from jaxzoo.training.forecast import Memory, network_seconds
+from jaxzoo.training.forecast import Memory, Network, network_seconds
 from jaxzoo.training.forecast_page import advice, as_json, show
 from jaxzoo.training.hlo import Collective
 
@@ -115,6 +115,14 @@ def test_the_report_has_every_figure_at_every_width(figures, width):
         "10 GB/s in a node", "MFU", f"Bound by {figures[8].bound}",
     ):  # fmt: skip
         assert words in " ".join(text.split()) or words in text, words
+
+
+def test_the_longest_names_and_numbers_stay_whole_at_60_columns(figures):
+    permute = Network("collective-permute", 512, 4785.25, 4e11, 8e11, 8.78)
+    text = printed(figures[8]._replace(networks=(permute,)), 60)
+    assert "…" not in text
+    for words in ("4785", "372.5 GiB", "745.1 GiB", "8.78 s", "512", "ollective"):
+        assert words in text, words
 
 
 def test_the_bar_shows_the_shares_and_the_limit(figures):

@@ -1,5 +1,6 @@
 """Collectives and memory traffic of compiled programs whose figures are known."""
 
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ def compiled(f, *arguments) -> Any:
 
 
 def mesh_of(**axes):
-    devices = np.array(jax.devices()[: np.prod(list(axes.values()))])
+    devices = np.array(jax.devices()[: math.prod(axes.values())])
     types = (AxisType.Auto,) * len(axes)
     return Mesh(devices.reshape(*axes.values()), tuple(axes), axis_types=types)
 
