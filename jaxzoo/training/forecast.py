@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxzoo.training.chips import Chip
+from jaxzoo.training.collectives import Collective, collectives, wire_bytes
 from jaxzoo.training.cost import count
-from jaxzoo.training.hlo import Collective, collectives, traffic, wire_bytes
+from jaxzoo.training.traffic import traffic
 
 __all__ = ["Forecast", "Memory", "Network", "forecast", "network_seconds"]
 

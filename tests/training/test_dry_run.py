@@ -17,9 +17,9 @@ from rich.console import Console
 
 from jaxzoo.training import command, dry_run, forecast, record, topology
 from jaxzoo.training.chips import Chip, chip
+from jaxzoo.training.collectives import Collective
 from jaxzoo.training.forecast import Memory, Network, network_seconds
 from jaxzoo.training.forecast_page import advice, as_json, show
-from jaxzoo.training.hlo import Collective
 
 SPEC = importlib.util.spec_from_file_location(
     "jaxzoo_tests_toy", Path(__file__).with_name("toy.py")

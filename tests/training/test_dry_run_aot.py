@@ -16,7 +16,7 @@ from jaxzoo.training import topology
 from jaxzoo.training.chips import chip
 from jaxzoo.training.forecast import forecast
 from jaxzoo.training.forecast_page import advice
-from jaxzoo.training.hlo import traffic
+from jaxzoo.training.traffic import traffic
 
 SPEC = importlib.util.spec_from_file_location(
     "jaxzoo_tests_toy", Path(__file__).with_name("toy.py")

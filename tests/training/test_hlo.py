@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxzoo.training.hlo import collectives, traffic, wire_bytes
+from jaxzoo.training.collectives import collectives, wire_bytes
+from jaxzoo.training.traffic import traffic
 
 W = jnp.ones((16, 16))
 
@@ -101,7 +102,7 @@ def test_the_collectives_of_data_parallel_training_are_the_gradients():
 
 def test_a_program_without_collectives_has_none():
     assert collectives(compiled(jnp.matmul, W, W).as_text()) == []
-    with pytest.raises(ValueError, match="hlo_text has no ENTRY"):
+    with pytest.raises(ValueError, match="no ENTRY"):
         collectives("nothing")
 
 
