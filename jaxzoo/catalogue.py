@@ -286,9 +286,9 @@ def _relative(root: Path, file: Path) -> str:
 
 
 def _experiments(root: Path) -> list[Path]:
-    # bench/ holds ratios against peers, not papers.
+    # bench/ holds ratios against peers and launch/ files for pods, not papers.
     files = (root / "experiments").glob("*/[!_]*.py")
-    return sorted(file for file in files if file.parent.name != "bench")
+    return sorted(f for f in files if f.parent.name not in ("bench", "launch"))
 
 
 def _sources(root: Path) -> list[Path]:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import tyro
 
-from jaxzoo.training import launch
+from jaxzoo.training import compile_cache, launch
 from jaxzoo.training.checkpoint import SaveError
 from jaxzoo.training.loop import Stopped
 from jaxzoo.training.mesh import PlacementError, make_mesh
 from jaxzoo.training.options import Options
 from jaxzoo.training.record import Report, Run, RunFolderError
+from jaxzoo.training.sinks import MissingExtraError
 
 __all__ = ["Asked", "experiment", "parse"]
 
@@ -112,6 +113,7 @@ def experiment(
     asked = parse(main, presets, words)
     options = asked.options
     try:
+        compile_cache.enable(say=lambda text: print(text, file=sys.stderr))
         launch.initialize()
         launch.agree(_facts(main, asked))
         several = jax.device_count() > 1 or options.mesh != Options.mesh
@@ -128,7 +130,7 @@ def experiment(
         )
     except launch.LaunchError as error:
         _fail(str(error), error.code)
-    except (RunFolderError, ValueError) as error:
+    except (RunFolderError, MissingExtraError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot write to --run-dir {asked.run_dir}: {error.strerror}.")
@@ -157,6 +159,7 @@ def experiment(
         run.say("Stopped. The same command goes on from the last checkpoint.")
         sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)
     finally:
+        run.close()
         signal.signal(signal.SIGTERM, before)
     sys.exit(0 if holds else EXIT_FAILED)
 

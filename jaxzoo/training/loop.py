@@ -23,6 +23,7 @@ from jaxzoo.training.checkpoint import Checkpoints
 from jaxzoo.training.hosts import everyone, is_first, wait_for_all
 from jaxzoo.training.launch import report_step
 from jaxzoo.training.mesh import Specs, place
+from jaxzoo.training.profiler import Profiler
 from jaxzoo.training.program import (
     Batch,
     Loader,
@@ -31,6 +32,7 @@ from jaxzoo.training.program import (
     Told,
     build,
     describe,
+    full_rate,
     state_like,
 )
 from jaxzoo.training.progress import Progress
@@ -120,6 +122,12 @@ def train(
                 fit.pass_over(bad)
 
 
+def _profiler(run: Run) -> Profiler:
+    # Where nothing is wanted, no step is: the range is empty.
+    first, last = run.options.profiled() or (0, -1)
+    return Profiler(first, last, run.folder / "profile")
+
+
 class _RollBack(Exception):
     """A call met a bad step, and the policy is to go back before it."""
 
@@ -158,7 +166,10 @@ class _Fit:
         saved_at = time.monotonic()
         bad = self._no_bad_step()
         pending: tuple[int, int, Told] | None = None  # first step, end
-        with run.progress(name, done, self.num_steps, self.show) as progress:
+        with (
+            run.progress(name, done, self.num_steps, self.show) as progress,
+            _profiler(run) as profiler,
+        ):
             while done < self.num_steps:
                 # Calls end on multiples of their size, whatever step a resume began at.
                 size = self.size - done % self.size
@@ -168,13 +179,18 @@ class _Fit:
                     done += size
                     continue
                 batch = self.loader.stacked(done, size)
-                progress.examples = self.loader.examples(batch)
+                if not progress.examples:
+                    progress.examples = self.loader.examples(batch)
+                    progress.full_rate = full_rate(self.step, state, batch)
+                profiler.before(done, done + size)
                 wishes = self._wishes(received, saved_at)
                 state, told = self.call(
                     state, bad, batch, np.int32(done), self._spread(wishes)
                 )
                 bad = told.bad
                 done += size
+                if traced := profiler.after(done, told):
+                    run.say(traced)
                 # The call above runs in the background; meanwhile the one before it is
                 # logged, so that the device never waits for the disk.
                 agreed = self._settle(pending, state, progress)

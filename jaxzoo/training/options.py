@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxzoo.training.nonfinite import Injection, Policy
+from jaxzoo.training.profiler import profile_steps
 
 __all__ = ["Options"]
 
@@ -17,9 +18,24 @@ class Options:
     """What to do when a number is NaN or infinite."""
     inject_nan: str = ""
     """Puts a NaN into params, batch, loss or gradient at a step: loss:37. A test."""
+    profile: str = ""
+    """Traces steps for TensorBoard or xprof, such as 100:110, into profile/."""
+    tensorboard: bool = False
+    """Writes the metrics as TensorBoard files too, into tensorboard/."""
+    wandb: bool = False
+    """Writes them as an offline run of wandb too, into wandb/; wandb sync sends it."""
 
     def __post_init__(self):
         self.injection()
+        self.profiled()
+
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last of the steps that `profile` names.
+
+        Raises:
+            ValueError: it is not FIRST:LAST.
+        """
+        return profile_steps(self.profile) if self.profile else None
 
     def injection(self) -> Injection | None:
         """What `inject_nan` asks for.

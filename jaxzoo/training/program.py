@@ -17,6 +17,8 @@ from jax.sharding import (
 )
 from jax.sharding import PartitionSpec as P
 
+from jaxzoo.training.chips import chip
+from jaxzoo.training.cost import count
 from jaxzoo.training.mesh import (
     BATCH_AXES,
     Specs,
@@ -27,7 +29,7 @@ from jaxzoo.training.mesh import (
 from jaxzoo.training.nonfinite import guarded
 from jaxzoo.training.options import Options
 
-__all__ = ["Loader", "Program", "Told", "build", "describe", "state_like"]
+__all__ = ["Loader", "Program", "Told", "build", "describe", "full_rate", "state_like"]
 
 State = Any  # a pytree of arrays
 Batch = Any  # a pytree of arrays
@@ -211,6 +213,18 @@ def describe(
     arguments = (shapes, number, stacked, number, wishes)
     examples = loader.examples(stacked)
     return Program(name, call, arguments, step, batch, size, examples, mesh)
+
+
+def full_rate(step: Step, state: State, stacked: Batch) -> float:
+    """Steps per second at the peak FLOP/s of all devices; 0 where that is not known."""
+    places = {leaf.sharding for leaf in jax.tree.leaves(state)}
+    devices = set().union(*(place.device_set for place in places))
+    kind = chip(next(iter(devices)).device_kind)
+    if kind is None:
+        return 0.0
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+    flops = count(jax.make_jaxpr(step)(state, batch)).flops
+    return kind.flops * len(devices) / flops if flops else 0.0
 
 
 def _mean(values: jax.Array, fine: jax.Array, skip: bool) -> jax.Array:

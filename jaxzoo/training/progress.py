@@ -26,6 +26,8 @@ class Progress:
 
     Attributes:
         examples: how many a step takes; 0 shows no rate of them.
+        full_rate: steps per second at which the devices would do all the arithmetic
+            they can; 0 shows no model FLOPs utilization (MFU).
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Progress:
     ):
         self._console, self._name, self._total, self._show = console, name, total, show
         self.examples = 0
+        self.full_rate = 0.0
         self._first: tuple[float, int] | None = None
         self._next_line = start + max(1, (total - start) // 5)
         self._bar = RichProgress(
@@ -82,6 +85,8 @@ class Progress:
             words.append(f"{_number(rate)} steps/s")
             if self.examples:
                 words.append(f"{_number(rate * self.examples)} examples/s")
+            if self.full_rate:
+                words.append(f"{100 * rate / self.full_rate:.1f} % MFU")
             words.append(_clock((self._total - step) / rate))
         if self._show is not None:
             words.append(f"{self._show} {np.mean(metrics[self._show]):.4g}")

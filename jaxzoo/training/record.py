@@ -30,6 +30,7 @@ from jaxzoo.training.options import Options
 from jaxzoo.training.page import page
 from jaxzoo.training.program import Program
 from jaxzoo.training.progress import Progress
+from jaxzoo.training.sinks import TensorBoard, WandbOffline
 
 if TYPE_CHECKING:  # matplotlib takes 0.3 s to import, and most of a run draws nothing
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -128,6 +129,21 @@ class Run:
         self._earlier = 0.0  # seconds of the sittings before this one
         self.resumed = False
         self._open_together(fresh)
+        self._sinks = self._open_sinks() if is_first() and dry_run is None else []
+
+    def _open_sinks(self) -> list[TensorBoard | WandbOffline]:
+        sinks: list[TensorBoard | WandbOffline] = []
+        if self.options.tensorboard:
+            sinks.append(TensorBoard(self.folder / "tensorboard"))
+        if self.options.wandb:
+            name = f"{self._head['topic']}/{self._head['slug']}"
+            sinks.append(WandbOffline(self.folder, self._config, name, self._rows))
+        return sinks
+
+    def close(self) -> None:
+        """Completes what lies beside metrics.jsonl; `log` may not be called again."""
+        for sink in self._sinks:
+            sink.close()
 
     def _open_together(self, fresh: bool) -> None:
         error: Exception | None = None
@@ -193,7 +209,7 @@ class Run:
         figures = [Path(figure["file"]).name for figure in report.get("figures", ())]
         for name in ("report.json", "report.html", *figures):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "nonfinite"):
+        for name in ("checkpoints", "nonfinite", "profile", "tensorboard", "wandb"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("metrics.jsonl", "env.json", "config.json"):
             (self.folder / name).unlink(missing_ok=True)
@@ -210,12 +226,14 @@ class Run:
         _write(self.folder / "env.json", {**self._environment, "seconds": seconds})
 
     def log(self, fit: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl, and to the places beside it."""
         if not is_first():
             return
         line = json.dumps(_plain({"fit": fit, "step": step, **metrics}))
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
+        for sink in self._sinks:
+            sink.log(fit, step, metrics)
         self._save_environment()  # how long this sitting was, wherever it ends
 
     def history(self, fit: str) -> dict[str, np.ndarray]:
@@ -236,6 +254,9 @@ class Run:
         if is_first() and path.exists():
             rows = [r for r in self._rows() if r["fit"] != fit or r["step"] <= step]
             _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for sink in self._sinks:
+            if isinstance(sink, TensorBoard):
+                sink.forget_after(fit, step)
 
     def _rows(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"

@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 FILES = sorted(
     path
     for path in REPO.glob("experiments/*/*.py")
-    if path.parent.name not in {"bench", "results"} and path.stem[0] != "_"
+    if path.parent.name not in {"bench", "launch", "results"} and path.stem[0] != "_"
 )
 
 
