@@ -109,16 +109,20 @@ class _Reader:
         self._thread.join(timeout=2.0)
 
     def _read(self) -> None:
-        for line in self._pipe:
-            if self._log is not None:
-                self._log.write(line)
-                self._log.flush()
-            if self._is_noise(line):
-                continue
-            self.last.append(line)
-            if self._show is not None:
-                self._show.write(line)
-                self._show.flush()
+        with self._pipe:
+            for line in self._pipe:
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        if self._log is not None:
+            self._log.write(line)
+            self._log.flush()
+        if self._is_noise(line):
+            return
+        self.last.append(line)
+        if self._show is not None:
+            self._show.write(line)
+            self._show.flush()
 
     def _is_noise(self, line: str) -> bool:
         begins = _BEGINS.match(line) is not None

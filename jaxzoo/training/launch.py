@@ -30,6 +30,7 @@ from jaxzoo.training.peers import EXIT_LOST, LaunchError, Line, shield
 __all__ = [
     "EXIT_LOST",
     "LaunchError",
+    "abandon",
     "agree",
     "explain",
     "initialize",
@@ -165,6 +166,22 @@ def explain(error: BaseException) -> str | None:
     )
 
 
+def abandon(code: int) -> None:
+    """Ends this process of many at once with `code`, and all others with status 76.
+
+    For an error that this one alone has seen, such as a full disk at rank 0: the others
+    would wait for it in a collective, and it for them in jax's own end. An exception
+    that nobody catches comes here by itself. With one process it does nothing.
+    """
+    if _line is None:
+        return
+    _line.leave(clean=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.5)  # until the hub has told the others
+    os._exit(code)
+
+
 def _place(timeout: float) -> _Place | None:
     if os.environ.get("JAXZOO_DISTRIBUTED") == "auto":
         return _detect(timeout)
@@ -218,6 +235,7 @@ def _connect_jax(place: _Place, port: int, timeout: float, heartbeat: float) -> 
         initialization_timeout=int(timeout),
         # Ours comes first, jax's ends the process with a C++ stack.
         heartbeat_timeout_seconds=int(10 * heartbeat) + 100,
+        shutdown_timeout_seconds=max(300, int(timeout)),
     )
 
 
@@ -241,15 +259,11 @@ def _end(hosts_hub: bool, sentence: str) -> None:
 
 
 def _leave() -> None:
-    """Before jax's own end, which waits minutes for processes that will not come."""
+    # Before jax's own end, which waits minutes for processes that will not come.
     assert _line is not None
-    crashed = getattr(sys, "last_value", None) is not None
-    _line.leave(clean=not crashed)
-    if crashed:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(0.5)
-        os._exit(EXIT_CRASHED)
+    if getattr(sys, "last_value", None) is not None:  # there was a traceback
+        abandon(EXIT_CRASHED)
+    _line.leave(clean=True)
 
 
 def _number(name: str, default: float | None) -> float:

@@ -69,7 +69,7 @@ class Line:
         host = socket.gethostname()
         member = {"rank": rank, "pid": os.getpid(), "host": host, "at": ""}
         self._send({"member": member, "size": size})
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._live, daemon=True).start()
 
     def exchange(self, tag: str, value: Any, timeout: float) -> list[Any]:
         """Gives `value` to all processes and waits for theirs.
@@ -98,6 +98,8 @@ class Line:
     def leave(self, *, clean: bool) -> None:
         """Tells that this process ends; unless `clean`, the others end too."""
         self._leaving = True
+        if not clean:  # the others now go because of this process, not it of them
+            self._lost = lambda sentence: None
         self._send({"leaves": clean})
 
     def _missing(self, tag: str, timeout: float) -> str:
@@ -116,6 +118,10 @@ class Line:
                 self._line.sendall(json.dumps(message).encode() + b"\n")
         except OSError:  # the thread that reads finds the end of the line
             return
+
+    def _live(self) -> None:
+        with self._line:
+            self._listen()
 
     def _listen(self) -> None:
         rest, sent = b"", 0.0

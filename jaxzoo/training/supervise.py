@@ -165,7 +165,8 @@ class _Crew:
             if child.err.last:
                 _say(f"rank {child.rank} wrote last:\n{''.join(child.err.last)}")
         self._wait_for(self._children)
-        return EXIT_CRASHED
+        # A full disk, say, which starting again does not mend.
+        return EXIT_USAGE if child.code == EXIT_USAGE else EXIT_CRASHED
 
     def _culprit(self) -> Child:
         """The process that was lost first; the others only followed."""

@@ -193,6 +193,9 @@ def sit(options: argparse.Namespace) -> int:
         launch.report_step("toy", done)
         note(f"step {done}")
         if done == options.fail and rank == 1:
+            if options.abandon is not None:
+                print("error: the disk is full", file=sys.stderr)
+                launch.abandon(options.abandon)
             raise RuntimeError("this rank fails")
         if stop:
             return 75 if stop == signal.SIGTERM else 130
@@ -319,6 +322,7 @@ def main() -> None:
     parser.add_argument("--differ", type=float, default=0.0)
     parser.add_argument("--absent", type=int, default=-1, help="this rank never joins")
     parser.add_argument("--fail", type=int, default=-1, help="rank 1 raises here")
+    parser.add_argument("--abandon", type=int, help="instead with this status")
     parser.add_argument("--status", type=int, default=0, help="exit status at the end")
     options = parser.parse_args()
     if options.sit is not None:

@@ -99,7 +99,7 @@ def test_a_process_that_stands_still_is_declared_lost(launched, rank):
 
 
 def test_a_pause_of_all_processes_is_no_loss(launched):
-    run = launched(words=("--pause", "0.1"))
+    run = launched(words=("--steps", "20", "--pause", "0.1"))
     run.wait_for(1, "step 3\n")
     run.process.send_signal(signal.SIGTSTP)
     time.sleep(HEARTBEAT + 2)
@@ -114,6 +114,15 @@ def test_a_process_that_raises_shows_why(launched):
     (said,) = run.sentences()
     assert (said[1], said[4]) == ("1", "ended with exit 70")
     assert "RuntimeError: this rank fails" in run.err
+    assert run.left_over() == []
+
+
+def test_an_error_of_one_process_ends_all(launched):
+    run = launched(words=("--fail", "5", "--abandon", "2"))
+    assert run.end() == 2
+    (said,) = run.sentences()
+    assert (said[1], said[4]) == ("1", "ended with exit 2")
+    assert "rank 1 wrote last:\nerror: the disk is full\n" in run.err
     assert run.left_over() == []
 
 
