@@ -53,11 +53,11 @@ class Member:
         return loss(f"{self} {how}", self.at)
 
 
-def loss(what: str, at: str = "") -> str:
+def loss(what: str, at: str | None) -> str:
     """The sentence on a process that was lost, `at` being what it had reached."""
-    where = f"its last known step was {at}" if at else "it was still starting"
+    where = f"; its last known step was {at}" if at else "; it was still starting"
     return (
-        f"{what}; {where}. "
+        f"{what}{'' if at is None else where}. "
         "Start the same command again: it goes on from the last checkpoint."
     )
 

@@ -195,10 +195,11 @@ class _Crew:
     def _sentence(self, child: Child, how: str) -> str:
         if known := self._members().get(child.rank):
             return known.loss(how)
-        # It never joined, or the hub is on another host.
-        name = "this host's process" if self._hub is None else f"rank {child.rank}"
-        where = f"pid {child.process.pid} on {socket.gethostname()}"
-        return loss(f"{name} ({where}) {how}")
+        where = f"(pid {child.process.pid} on {socket.gethostname()})"
+        if self._hub is not None:
+            return loss(f"rank {child.rank} {where} {how}", at="")
+        # The hub is at rank 0; the processes of other hosts name rank and step.
+        return loss(f"this host's process {where} {how}", at=None)
 
     def _status(self) -> int:
         codes = {child.code for child in self._children}

@@ -9,6 +9,7 @@ process left over; then the same command goes on. The last line has the figures.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -264,6 +265,14 @@ def check_lost(run: Launched, rank: int, pid: int) -> list[str]:
     return problems
 
 
+def alive(pid: int) -> bool:
+    """Whether the process is there, and not only its exit status."""
+    try:
+        return b") Z " not in Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+
+
 def campaign(kills: int, seed: int, folder: Path) -> Figures:
     """Kills until `kills` have met, each run with a few of them."""
     rng = random.Random(seed)
@@ -283,16 +292,15 @@ def campaign(kills: int, seed: int, folder: Path) -> Figures:
             rank, wait = rng.randrange(2), rng.uniform(0.1, 4.5)
             time.sleep(wait)
             pid = run.pid(rank)
-            if pid is None or run.process.poll() is not None:
-                code = run.end()
-                if code != 0:
+            if pid is None or not alive(pid):
+                if (code := run.end()) != 0:
                     problems.append(f"exit {code} without a kill: {run.err}")
                 continue
             log = (place / f"{rank}.log").read_text().split("begin")[-1]
             killed = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            code = run.end()
-            if code == 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            if run.end() == 0:  # it was through a moment before
                 continue
             slowest = max(slowest, time.monotonic() - killed)
             done += 1

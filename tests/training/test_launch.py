@@ -208,34 +208,60 @@ def wait_until(true, seconds):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_without_a_launcher_the_survivor_says_it(cache, tmp_path, rank):
-    port = free_port()
-    pair = []
-    for number in (0, 1):
-        env = processes.environment(cache) | {
-            "JAXZOO_COORDINATOR": f"127.0.0.1:{port}",
-            "JAXZOO_NUM_PROCESSES": "2",
-            "JAXZOO_PROCESS_ID": str(number),
-            "JAXZOO_HEARTBEAT": "4",
-        }
-        command = [sys.executable, processes.__file__, "--sit", str(tmp_path)]
-        with open(tmp_path / f"{number}.err", "w") as err:
-            pair.append(
-                subprocess.Popen([*command, "--pause", "0.2"], env=env, stderr=err)
+@pytest.fixture
+def pair(cache, tmp_path):
+    """`pair(*prefix)` starts two processes without a common launcher, as two hosts."""
+    started = []
+
+    def start(*prefix):
+        port = free_port()
+        for number in (0, 1):
+            env = processes.environment(cache) | {
+                "JAXZOO_COORDINATOR": f"127.0.0.1:{port}",
+                "JAXZOO_NUM_PROCESSES": "2",
+                "JAXZOO_PROCESS_ID": str(number),
+                "JAXZOO_HEARTBEAT": "4",
+            }
+            command = [*prefix, sys.executable, processes.__file__]
+            command += ["--sit", str(tmp_path), "--pause", "0.2"]
+            with open(tmp_path / f"{number}.err", "w") as err:
+                started.append(subprocess.Popen(command, env=env, stderr=err))
+        for rank in (0, 1):
+            log = tmp_path / f"{rank}.log"
+            wait_until(
+                lambda log=log: log.exists() and "step 9\n" in log.read_text(), 60
             )
-    try:
-        log = tmp_path / f"{rank}.log"
-        wait_until(lambda: log.exists() and "step 9\n" in log.read_text(), 60)
-        pair[rank].kill()
-        assert pair[1 - rank].wait(timeout=HEARTBEAT + 5) == launch.EXIT_LOST
-    finally:
-        for process in pair:
-            process.kill()
-            process.wait()
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_a_launcher_the_survivor_says_it(pair, tmp_path, rank):
+    started = pair()
+    started[rank].kill()
+    assert started[1 - rank].wait(timeout=HEARTBEAT + 5) == launch.EXIT_LOST
     said = (tmp_path / f"{1 - rank}.err").read_text()
-    wanted = rf"rank {rank} \(pid {pair[rank].pid} on {HOST}\) is gone; .* step was \d"
+    # Gloo writes to stdout, and jax's C++ nothing.
+    wanted = (
+        rf"rank {rank} \(pid {started[rank].pid} on {HOST}\) is gone; .* step was \d"
+    )
     assert re.match(wanted, said) and said.count("\n") == 1
+
+
+def test_with_one_launcher_per_host_each_says_it_once(pair, tmp_path):
+    module = (sys.executable, "-m", "jaxzoo.training.launch", "--heartbeat", "4", "--")
+    started = pair(*module)
+    pid = int((tmp_path / "0.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    assert [p.wait(timeout=HEARTBEAT + 5) for p in started] == [70, 70]
+    own, other = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
+    assert own.startswith(f"this host's process (pid {pid} on {HOST}) was killed by")
+    assert re.match(rf"rank 0 \(pid {pid} on {HOST}\) is gone; .* step was \d", other)
+    assert own.count("\n") == other.count("\n") == 1
 
 
 def free_port():
