@@ -200,8 +200,20 @@ def sit(options: argparse.Namespace) -> int:
             raise RuntimeError("this rank fails")
         if stop:
             return 75 if stop == signal.SIGTERM else 130
-        time.sleep(options.pause)
+        rest(options.pause, busy=options.busy)
     return options.status
+
+
+def rest(seconds: float, *, busy: bool) -> None:
+    """Sleeps; or lets no other Python thread run, as a long call that keeps the GIL."""
+    if not busy:
+        time.sleep(seconds)
+        return
+    sys.setswitchinterval(1.0)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        continue
+    sys.setswitchinterval(0.005)
 
 
 def guarded(options: argparse.Namespace) -> int:
@@ -327,6 +339,7 @@ def main() -> None:
     parser.add_argument("--sit", type=Path, help="be one of the processes")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--pause", type=float, default=0.02)
+    parser.add_argument("--busy", action="store_true", help="keeps the GIL in pauses")
     parser.add_argument("--differ", type=float, default=0.0)
     parser.add_argument("--absent", type=int, default=-1, help="this rank never joins")
     parser.add_argument("--fail", type=int, default=-1, help="rank 1 raises here")

@@ -223,7 +223,7 @@ def pair(cache, tmp_path):
                 "JAXZOO_HEARTBEAT": "4",
             }
             command = [*prefix, sys.executable, processes.__file__]
-            command += ["--sit", str(tmp_path), "--pause", "0.2"]
+            command += ["--sit", str(tmp_path), "--pause", "0.2", "--busy"]
             with open(tmp_path / f"{number}.err", "w") as err:
                 started.append(subprocess.Popen(command, env=env, stderr=err))
         for rank in (0, 1):
