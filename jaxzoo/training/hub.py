@@ -116,6 +116,7 @@ class Hub:
     def _accept(self) -> None:
         line, _ = self._server.accept()
         line.settimeout(BEAT)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines[line], self._rests[line] = None, b""
         self._selector.register(line, selectors.EVENT_READ)
 

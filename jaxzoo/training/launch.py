@@ -13,6 +13,7 @@ the run has one process and nothing here does anything.
 import atexit
 import functools
 import hashlib
+import json
 import os
 import platform
 import socket
@@ -104,18 +105,15 @@ def agree(settings: Mapping[str, Any]) -> None:
     """
     if _line is None:
         return
-    mine = {"host": socket.gethostname(), "settings": dict(settings)}
+    # As JSON gives it back: a tuple is a list, a path its text.
+    plain = json.loads(json.dumps(dict(settings), default=str))
+    mine = {"host": socket.gethostname(), "settings": plain}
     timeout = _number("JAXZOO_INIT_TIMEOUT", 300.0)
     first, *others = _line.exchange("comparison of settings", mine, timeout)
-    wanted = first["settings"]
     for rank, other in enumerate(others, start=1):
-        found = other["settings"]
-        names = [n for n in {**wanted, **found} if wanted.get(n) != found.get(n)]
-        if names:
-            here = ", ".join(f"{n} {found.get(n, 'not set')}" for n in names)
-            there = ", ".join(f"{n} {wanted.get(n, 'not set')}" for n in names)
+        if difference := _difference(first["settings"], other["settings"]):
             raise LaunchError(
-                f"rank {rank} on {other['host']} has {here}, rank 0 has {there}: "
+                f"rank {rank} on {other['host']} has {difference}: "
                 "give all processes the same command and the same code.",
                 code=2,
             )
@@ -180,6 +178,15 @@ def abandon(code: int) -> None:
     sys.stderr.flush()
     time.sleep(0.5)  # until the hub has told the others
     os._exit(code)
+
+
+def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
+    pairs = {n: (found.get(n, "unset"), wanted.get(n, "unset")) for n in found | wanted}
+    return "; ".join(
+        f"{name} {here}, rank 0 has {there}"
+        for name, (here, there) in pairs.items()
+        if here != there
+    )
 
 
 def _place(timeout: float) -> _Place | None:

@@ -106,10 +106,16 @@ class _Crew:
             if self._received.count(signal.SIGINT) > 1:
                 return EXIT_SIGINT
             self._pass_on()
-            if self._any_lost():
-                return self._close()
+            if self._lost():
+                break
             time.sleep(TICK)
-        return self._close() if self._any_lost() else self._status()
+        if self._lost():
+            self._settle()
+        if lost := self._lost():
+            return self._close(lost[0])
+        # All have ended; or what seemed lost had only met our signal.
+        running = any([child.poll() is None for child in self._children])
+        return self.wait() if running else self._status()
 
     def _receive(self, signum: int, _: Any) -> None:
         self._received.append(signum)
@@ -131,15 +137,35 @@ class _Crew:
             if child.poll() is None:
                 child.send(signum)
 
-    def _any_lost(self) -> bool:
-        if any(m.silent() > self._heartbeat for m in self._members().values()):
-            return True
-        return any(map(self._is_lost, self._children))
+    def _lost(self) -> list[Child]:
+        """Those that were lost, the first one first; the others only followed."""
+        ended = [child.rank for child in self._children if self._is_lost(child)]
+        if self._hub is not None and ended:
+            told = [member.rank for member in self._hub.lost]
+            ended = sorted(ended, key=[*told, *ended].index)
+        silent = [
+            rank
+            for rank, member in self._members().items()
+            if member.silent() > self._heartbeat and self._children[rank].code is None
+        ]
+        # Who ended because of another one says so by its status.
+        causes = [r for r in ended if self._children[r].code != EXIT_LOST]
+        return [self._children[rank] for rank in [*causes, *silent, *ended]]
+
+    def _settle(self) -> None:
+        """Until it is clear which one was first: a line breaks before its process."""
+        time.sleep(2 * TICK)
+        told = [] if self._hub is None else [m.rank for m in self._hub.lost]
+        self._wait_for([self._children[rank] for rank in told[:1]])
+        for child in self._children:
+            child.poll()
 
     def _is_lost(self, child: Child) -> bool:
         if child.code is None:
             return False
-        if child.code < 0 and -child.code in self.stopped:
+        if self._ended_by_us(child):
+            return False
+        if child.code == EXIT_LOST and any(map(self._ended_by_us, self._children)):
             return False
         if child.code not in _CHOSEN:
             return True
@@ -149,13 +175,15 @@ class _Crew:
         late = time.monotonic() - child.ended > GRACE
         return child.code in {1, EXIT_USAGE} and alone and waiting and late
 
+    def _ended_by_us(self, child: Child) -> bool:
+        """Whether our signal met it before it could handle one."""
+        return child.code is not None and -child.code in self.stopped
+
     def _members(self) -> dict[int, Member]:
         return {} if self._hub is None else dict(self._hub.members)
 
-    def _close(self) -> int:
-        """Says which process was lost, lets the others end and returns the status."""
-        time.sleep(2 * TICK)  # the line breaks a moment before the process is gone
-        child = self._culprit()
+    def _close(self, child: Child) -> int:
+        """Says how `child` was lost, lets the others end and returns the status."""
         silent = f"has not answered for {self._heartbeat:.0f} s"
         if child.code != EXIT_LOST:
             how = silent if child.code is None else _ending(child.code)
@@ -167,23 +195,6 @@ class _Crew:
         self._wait_for(self._children)
         # A full disk, say, which starting again does not mend.
         return EXIT_USAGE if child.code == EXIT_USAGE else EXIT_CRASHED
-
-    def _culprit(self) -> Child:
-        """The process that was lost first; the others only followed."""
-        lost = [] if self._hub is None else [m.rank for m in self._hub.lost]
-        # One that told of its end needs a moment for it.
-        self._wait_for([self._children[rank] for rank in lost[:1]])
-        for child in self._children:
-            child.poll()
-        lost += [child.rank for child in self._children if self._is_lost(child)]
-        # Who ended because of another one says so by its status.
-        causes = [rank for rank in lost if self._children[rank].code != EXIT_LOST]
-        silent = [
-            rank
-            for rank, member in self._members().items()
-            if member.silent() > self._heartbeat and self._children[rank].code is None
-        ]
-        return self._children[[*causes, *silent, *lost][0]]
 
     def _wait_for(self, children: Sequence[Child]) -> None:
         end = time.monotonic() + GRACE
@@ -204,7 +215,6 @@ class _Crew:
     def _status(self) -> int:
         codes = {child.code for child in self._children}
         if signals := [-code for code in codes if code is not None and code < 0]:
-            # A signal of ours, before it could be handled.
             return 128 + signals[0]
         for status in (EXIT_SIGTERM, EXIT_SIGINT, EXIT_USAGE, 1):
             if status in codes:

@@ -142,9 +142,7 @@ def test_the_missing_rank_is_named(launched, absent):
 def test_other_settings_are_named_before_the_first_step(launched, tmp_path):
     run = launched(words=("--differ", "1"))
     assert run.end() == 2
-    sentence = (
-        f"rank 1 on {HOST} has learning_rate 0.002, rank 0 has learning_rate 0.001"
-    )
+    sentence = f"rank 1 on {HOST} has learning_rate 0.002, rank 0 has 0.001:"
     said = [(tmp_path / "run" / f"{rank}.said").read_text() for rank in (0, 1)]
     assert said[0] == said[1] and said[0].startswith(sentence)
     assert run.err.count(sentence) == 1
@@ -287,6 +285,16 @@ def run_script(script, *options, size=2):
 RANK = "rank = int(os.environ['JAXZOO_PROCESS_ID'])\n"
 
 
+# Rank 0 goes by the launcher's own SIGTERM, rank 1 follows it.
+MET_BY_OUR_SIGNAL = """
+import signal
+if rank: signal.signal(signal.SIGTERM, lambda *_: time.sleep(0.5) or os._exit(76))
+time.sleep(0.5)
+if not rank: os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize(
     ("script", "code"),
     [
@@ -297,6 +305,7 @@ RANK = "rank = int(os.environ['JAXZOO_PROCESS_ID'])\n"
         ("sys.exit(130)", 130),
         ("sys.exit(3)", 70),
         (RANK + "sys.exit(75 * rank)", 75),
+        (RANK + MET_BY_OUR_SIGNAL, 143),
         (RANK + "if rank: os.abort()\ntime.sleep(60)", 70),
         (RANK + "if rank: sys.exit('no module')\ntime.sleep(60)", 70),
     ],
@@ -410,6 +419,11 @@ def test_an_exchange_names_who_did_not_come(hub):
     assert f"rank 1, rank 2 (pid {os.getpid()} on {HOST}), rank 3 of 4" in str(
         caught.value
     )
+
+
+def test_a_hub_that_is_not_there_is_rank_0_missing():
+    with pytest.raises(LaunchError, match=r"rank 0 did not answer at 127.0.0.1:\d+ "):
+        Line(("127.0.0.1", free_port()), 1, 2, lost=print, heartbeat=30, timeout=0.5)
 
 
 def test_a_rank_that_comes_twice_is_refused(hub):
