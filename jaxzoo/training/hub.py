@@ -45,6 +45,10 @@ class Member:
         """Seconds without a sign of life; 0 once it has left."""
         return 0.0 if self.state == "left" else time.monotonic() - self.heard
 
+    def lost(self) -> bool:
+        """Whether it has ended, and not cleanly."""
+        return self.state not in {"here", "left"}
+
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
 

@@ -154,7 +154,9 @@ def explain(error: BaseException) -> str | None:
         is about something else.
     """
     text = str(error).lower()
-    if _line is None or not any(word in text for word in _LOST_WORDS):
+    # An OSError is about a file or a download.
+    strange = isinstance(error, OSError) or not any(w in text for w in _LOST_WORDS)
+    if _line is None or strange:
         return None
     time.sleep(_number("JAXZOO_HEARTBEAT", 30.0) + 2)
     return (
@@ -231,7 +233,7 @@ def _connect_jax(place: _Place, port: int, timeout: float, heartbeat: float) -> 
     host = place.host
     if place.rank > 0:
         host, port = "127.0.0.1", shield(place.host, port)
-    # Its C++ handler would take SIGTERM away from ours.
+    # Its C++ would swallow a SIGTERM that comes before our handler is there.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         f"{host}:{port}",
@@ -256,9 +258,10 @@ def _keep_stdout_clean() -> None:
 
 def _end(hosts_hub: bool, sentence: str) -> None:
     """Ends this process at once: its main thread may wait in a collective for ever."""
-    if "JAXZOO_LAUNCHER" not in os.environ or "launcher" in sentence:
+    # A launcher of all says it itself, unless it is what was lost.
+    if "JAXZOO_LAUNCHER" not in os.environ or sentence.startswith("the launcher"):
         if sys.stdout.isatty():
-            print("\033[?25h")  # the cursor, which a progress bar hides
+            os.write(sys.stdout.fileno(), b"\033[?25h\n")  # the cursor, hidden by a bar
         os.write(2, f"{sentence}\n".encode())
     if hosts_hub:
         time.sleep(0.5)  # until the hub has told the others

@@ -158,7 +158,7 @@ class Line:
         for member in self._members:
             if member.rank == self._rank:
                 continue
-            if member.state not in {"here", "left"}:
+            if member.lost():
                 return self._lost(member.loss(member.state))
             if member.silent() > self._heartbeat:
                 how = f"has not answered for {self._heartbeat:.0f} s"

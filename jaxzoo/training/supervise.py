@@ -167,10 +167,11 @@ class _Crew:
             return False
         if child.code == EXIT_LOST and any(map(self._ended_by_us, self._children)):
             return False
-        if child.code not in _CHOSEN:
+        member = self._members().get(child.rank)
+        if child.code not in _CHOSEN or (member is not None and member.lost()):
             return True
         # It failed before it joined the others, who would wait for it.
-        alone = self._hub is not None and child.rank not in self._members()
+        alone = self._hub is not None and member is None
         waiting = any(other.code is None for other in self._children)
         late = time.monotonic() - child.ended > GRACE
         return child.code in {1, EXIT_USAGE} and alone and waiting and late
@@ -188,6 +189,8 @@ class _Crew:
         if child.code != EXIT_LOST:
             how = silent if child.code is None else _ending(child.code)
             _say(self._sentence(child, how))
+        if sys.stdout.isatty():
+            print("\033[?25h", end="", flush=True)  # the cursor, hidden by a bar
         if child.rank > 0 and child.code is not None:
             child.finish()
             if child.err.last:

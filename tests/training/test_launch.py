@@ -227,7 +227,7 @@ def pair(cache, tmp_path):
         for rank in (0, 1):
             log = tmp_path / f"{rank}.log"
             wait_until(
-                lambda log=log: log.exists() and "step 9\n" in log.read_text(), 60
+                lambda log=log: log.exists() and "step 25\n" in log.read_text(), 60
             )
         return started
 
