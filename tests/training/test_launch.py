@@ -86,6 +86,17 @@ def test_a_killed_process_ends_all_with_one_sentence(launched, bits, rank):
     assert finishes(launched, bits)
 
 
+def test_two_processes_of_four_devices_compute_what_one_of_eight_does(cache, tmp_path):
+    states = []
+    for size, devices in ((2, 4), (1, 8)):
+        folder = tmp_path / str(size)
+        options = ("--devices-per-process", str(devices))
+        run = processes.Launched(folder, cache, *options, size=size)
+        assert run.end() == 0, run.err
+        states.append((folder / "state.json").read_text())
+    assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_stands_still_is_declared_lost(launched, rank):
     run = launched(words=("--pause", "0.2"))
