@@ -130,7 +130,9 @@ def experiment(
         )
     except launch.LaunchError as error:
         _fail(str(error), error.code)
-    except (RunFolderError, MissingExtraError, ValueError) as error:
+    except MissingExtraError as error:
+        _fail(str(error), alone=True)
+    except (RunFolderError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot write to --run-dir {asked.run_dir}: {error.strerror}.")
@@ -149,12 +151,12 @@ def experiment(
         sentence = launch.explain(error)
         if sentence is None:
             raise
-        _fail(sentence, launch.EXIT_LOST)
+        _fail(sentence, launch.EXIT_LOST, alone=True)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        _fail(str(error), EXIT_FAILED)
     except SaveError as error:
-        _fail(f"{error} The same command goes on from the checkpoint before.")
+        sentence = f"{error} The same command goes on from the checkpoint before."
+        _fail(sentence, alone=True)
     except (KeyboardInterrupt, _Terminated) as error:
         run.say("Stopped. The same command goes on from the last checkpoint.")
         sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)
@@ -180,6 +182,8 @@ def _facts(main: Callable[[Any, Run], Report], asked: Asked) -> dict[str, Any]:
     return {**{name: str(value) for name, value in settings.items()}, **code}
 
 
-def _fail(sentence: str, code: int = EXIT_USAGE) -> NoReturn:
+def _fail(sentence: str, code: int = EXIT_USAGE, *, alone: bool = False) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr)
+    if alone:
+        launch.abandon(code)  # the others would wait for this process
     sys.exit(code)

@@ -192,11 +192,10 @@ def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _place(timeout: float) -> _Place | None:
-    if os.environ.get("JAXZOO_DISTRIBUTED") == "auto":
-        return _detect(timeout)
     address = os.environ.get("JAXZOO_COORDINATOR")
     if address is None:
-        return None
+        auto = os.environ.get("JAXZOO_DISTRIBUTED") == "auto"
+        return _detect(timeout) if auto else None
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise LaunchError(f"JAXZOO_COORDINATOR is '{address}', not host:port.", code=2)
@@ -213,8 +212,11 @@ def _detect(timeout: float) -> _Place:
     # Private, and the only way to learn the place without connecting at once.
     from jax._src.clusters import ClusterEnv
 
+    # One process may have all GPUs of a node; SLURM's own answer is one for each.
+    named = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    wanted = [int(word) for word in named.split(",")] if named else None
     address, size, rank, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(timeout)
+        None, None, None, wanted, None, int(timeout)
     )
     if address is None or size is None or rank is None:
         raise LaunchError(

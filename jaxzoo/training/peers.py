@@ -124,10 +124,10 @@ class Line:
             self._listen()
 
     def _listen(self) -> None:
-        rest, sent = b"", 0.0
+        rest, sent, told = b"", 0.0, ""
         heard = ticked = time.monotonic()
         while True:
-            ready = select.select([self._line], [], [], BEAT / 2)[0]
+            ready = select.select([self._line], [], [], BEAT / 5)[0]
             received = _receive(self._line) if ready else None
             now = time.monotonic()
             if received == b"":
@@ -140,8 +140,11 @@ class Line:
                 self._take(json.loads(text))
             if now - heard > self._heartbeat:
                 return self._hub_lost(f"has not answered for {self._heartbeat:.0f} s")
-            if now - sent > BEAT and not self._leaving:
-                self._send({"at": self.at})
+            # How far it is, it says sooner: that stands in the sentence on its loss.
+            news = self.at != told and now - sent > BEAT / 5
+            if (news or now - sent > BEAT) and not self._leaving:
+                told = self.at
+                self._send({"at": told})
                 sent = now
 
     def _take(self, message: dict[str, Any]) -> None:
