@@ -11,6 +11,7 @@ The guard is part of the compiled step: no step waits for the host.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -51,16 +52,18 @@ LARGEST_BATCH = 2**26  # bytes of a batch that is kept beside the black box
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """A NaN at one step, to test what follows.
+    """A number that is not finite at one step, to test what follows.
 
     Attributes:
         where: what it is put into: the parameters before the step, the batch, the
             metrics, or the optimizer's state, as a bad gradient would.
         step: at which step, counted from 0.
+        value: NaN or an infinity.
     """
 
     where: Where
     step: int
+    value: float = math.nan
 
     @classmethod
     def parse(cls, text: str) -> "Injection":
@@ -78,13 +81,13 @@ class Injection:
         return cls(where, int(step))  # pyright: ignore[reportArgumentType]
 
     def into(self, where: Where, tree: Any, number: jax.Array) -> Any:
-        """`tree` with a NaN in its first float leaf, if this is where and when."""
+        """`tree` with the value in its first float leaf, if this is where and when."""
         if where != self.where:
             return tree
-        nan = jnp.where(number == self.step, jnp.nan, 0.0)
+        bad = jnp.where(number == self.step, self.value, 0.0)
         leaves, structure = jax.tree.flatten(tree)
         first = next(i for i, leaf in enumerate(leaves) if _is_float(leaf))
-        leaves[first] = leaves[first] + nan.astype(leaves[first].dtype)
+        leaves[first] = leaves[first] + bad.astype(leaves[first].dtype)
         return jax.tree.unflatten(structure, leaves)
 
 

@@ -1,5 +1,6 @@
 """NaN in the state, the batch, the loss and a gradient, under each policy (N9)."""
 
+import dataclasses
 import json
 
 import jax
@@ -24,11 +25,20 @@ FIRST = {
 }
 
 
+every_value = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+
+
 @pytest.fixture
-def open_with(tmp_path):
+def open_with(tmp_path, monkeypatch):
     """`open_with(policy, inject)` opens the run in tmp_path/run, again and again."""
 
-    def open_one(policy: Policy = "abort", inject="", folder="run"):
+    def open_one(policy: Policy = "abort", inject="", folder="run", value=np.nan):
+        read = Injection.parse
+
+        def parse(text):
+            return dataclasses.replace(read(text), value=value)
+
+        monkeypatch.setattr(Injection, "parse", parse)
         return Run(
             tmp_path / folder,
             topic="toy",
@@ -73,9 +83,10 @@ def assert_close_state(a, b):
         np.testing.assert_allclose(x, y, rtol=2e-5)
 
 
+@every_value
 @pytest.mark.parametrize("where", FIRST)
-def test_abort_ends_before_the_parameters_are_touched(where, single, open_with):
-    run = open_with(inject=f"{where}:{BAD}")
+def test_abort_ends_before_the_parameters_are_touched(where, value, single, open_with):
+    run = open_with(inject=f"{where}:{BAD}", value=value)
     with pytest.raises(FloatingPointError) as error:
         single(run, save_every=0.0, ids=lambda t: [t, 2 * t])
     assert f"fit, step {BAD}: {FIRST[where]} is not finite" in str(error.value)
@@ -104,9 +115,10 @@ def test_the_same_command_goes_on_once_the_cause_is_gone(single, open_run, open_
     assert (run.folder / "metrics.jsonl").read_bytes() == metrics
 
 
+@every_value
 @pytest.mark.parametrize("where", FIRST)
-def test_skip_leaves_out_the_step_alone(where, single, open_with):
-    state = single(run := open_with("skip", f"{where}:{BAD}"))
+def test_skip_leaves_out_the_step_alone(where, value, single, open_with):
+    state = single(run := open_with("skip", f"{where}:{BAD}", value=value))
     assert_close_state(state, stepwise(single, {BAD}))
     assert [row["skipped"] for row in rows(run)] == [0, 0, 1, 0, 0]
     # The mean over the other steps of its call.
@@ -126,11 +138,12 @@ def test_skip_ends_when_no_step_of_a_call_is_finite(open_with):
         train(open_with("skip"), "fit", step, start, batches, num_steps=23, log_every=5)
 
 
+@every_value
 @pytest.mark.parametrize("where", FIRST)
-@pytest.mark.parametrize("saving", [0.0, 1000.0], ids=["saved", "from the start"])
-def test_rollback_passes_over_the_call(where, saving, single, open_with):
-    run = open_with("rollback", f"{where}:{BAD}")
-    state = single(run, save_every=saving)
+def test_rollback_passes_over_the_call(where, value, single, open_with):
+    run = open_with("rollback", f"{where}:{BAD}", value=value)
+    # From the checkpoint before, or where there is none from the start.
+    state = single(run, save_every=1000.0 if value > 0 else 0.0)
     assert_close_state(state, stepwise(single, range(10, 15)))
     assert [row["step"] for row in rows(run)] == [5, 10, 20, 23]
     box = json.loads((run.folder / "nonfinite" / f"fit-{BAD}.json").read_text())
