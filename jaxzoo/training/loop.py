@@ -183,10 +183,8 @@ class _Fit:
                     progress.examples = self.loader.examples(batch)
                     progress.full_rate = full_rate(self.step, state, batch)
                 profiler.before(done, done + size)
-                wishes = self._wishes(received, saved_at)
-                state, told = self.call(
-                    state, bad, batch, np.int32(done), self._spread(wishes)
-                )
+                wishes = self._spread(self._wishes(received, saved_at))
+                state, told = self.call(state, bad, batch, np.int32(done), wishes)
                 bad = told.bad
                 done += size
                 if traced := profiler.after(done, told):
@@ -195,8 +193,9 @@ class _Fit:
                 # logged, so that the device never waits for the disk.
                 agreed = self._settle(pending, state, progress)
                 pending = (done - size, done, told)
-                # Alone, there is nobody to agree with.
-                signum, save = wishes if jax.process_count() == 1 else agreed
+                if jax.process_count() == 1:  # nobody to agree with
+                    agreed = self._wishes(received, saved_at)
+                signum, save = agreed
                 if signum or save:
                     self._settle(pending, state, progress)
                     pending = None
