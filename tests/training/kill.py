@@ -88,22 +88,10 @@ class Run(NamedTuple):
 
     def start(self, crash_at: str = "") -> subprocess.Popen:
         """Starts a sitting; it ends by itself, by a crash point or by a signal."""
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "JAXZOO_CRASH_AT": crash_at,
-            "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}",
-        }
-        if not crash_at:
-            del environment["JAXZOO_CRASH_AT"]
         words = ["--sit", self.folder, "--family", self.family]
         return subprocess.Popen(
             [sys.executable, __file__, *words, "--steps", str(self.num_steps)],
-            env=environment,
+            env=environment(self.cache, crash_at),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -184,6 +172,23 @@ class Run(NamedTuple):
         left = [p for p in self.leftovers() if not (locked and p == "lock.json")]
         problems += [f"left behind: {path}" for path in left]
         return [f"{self.folder.name}: {problem}" for problem in problems]
+
+
+def environment(cache: Path, crash_at: str = "") -> dict[str, str]:
+    """What a sitting needs."""
+    found = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAXZOO_CRASH_AT": crash_at,
+        "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    if not crash_at:
+        del found["JAXZOO_CRASH_AT"]
+    return found
 
 
 def campaign(

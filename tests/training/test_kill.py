@@ -15,9 +15,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from jaxzoo.training.checkpoint import verify
+from jaxzoo.training.checkpoint import Checkpoints, verify
 from jaxzoo.training.record import Claim, Report, RunFolderError
 
 # By its path: the tests are no package.
@@ -67,6 +69,49 @@ def test_a_crash_at_each_point_of_a_save(tmp_path, undisturbed, point):
     assert run.compare(undisturbed) == []
     begun = run.begun()
     assert begun == sorted(begun)
+
+
+SAVES = """
+import sys; from pathlib import Path
+import jax.numpy as jnp
+from jaxzoo.training.checkpoint import Checkpoints
+with Checkpoints(Path(sys.argv[1]), keep=int(sys.argv[2])) as checkpoints:
+    for step in range((checkpoints.latest() or 0) + 1, 7):
+        checkpoints.save(step, {"w": jnp.full(300, step)})
+        if sys.argv[3] == "sync":
+            checkpoints.wait()
+"""
+
+
+@pytest.mark.parametrize(("keep", "how"), [(1, "async"), (3, "sync")])
+def test_a_step_is_always_restorable_however_few_are_kept(tmp_path, keep, how):
+    """R2 below the loop, which keeps two: a crash at the second pass of each point."""
+
+    def save(point, crash_at=""):
+        return subprocess.Popen(
+            [sys.executable, "-c", SAVES, str(tmp_path / point), str(keep), how],
+            env=kill.environment(tmp_path / "cache", crash_at),
+        )
+
+    crashed = {point: save(point, f"{point}:2") for point in kill.CRASH_POINTS}
+    for point, process in crashed.items():
+        assert process.wait() == 137, point
+        assert verify(tmp_path / point) == []
+        # The first deletion follows commit keep + 1.
+        newest = {"save.committed": 2, "clean.renamed": keep + 2}.get(point, 1)
+        folders = [path.name for path in (tmp_path / point).iterdir()]
+        assert max(int(n) for n in folders if n.isdecimal()) == newest, point
+    for point in crashed:
+        crashed[point] = save(point)
+    for point, process in crashed.items():
+        assert process.wait() == 0, point
+        with Checkpoints(tmp_path / point, keep=keep) as checkpoints:
+            assert checkpoints.steps() == list(range(7 - keep, 7)), point
+            like = {"w": jax.ShapeDtypeStruct((300,), np.int32)}
+            step, tree = checkpoints.restore_latest(like) or (0, {"w": 0})
+        assert step == 6 and np.all(tree["w"] == 6), point
+        left = [path.suffix for path in (tmp_path / point).iterdir()]
+        assert set(left) == {""}, point
 
 
 def wait_for_sitting(run, process, number):
