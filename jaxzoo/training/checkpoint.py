@@ -67,8 +67,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a second Ctrl-C nobody waits for a save, which may take minutes.
+        if kind is not KeyboardInterrupt:
+            self.wait()
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -157,9 +158,13 @@ def experiment(
     except SaveError as error:
         sentence = f"{error} The same command goes on from the checkpoint before."
         _fail(sentence, alone=True)
-    except (KeyboardInterrupt, _Terminated) as error:
+    except _Terminated:
         run.say("Stopped. The same command goes on from the last checkpoint.")
-        sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)
+        sys.exit(EXIT_SIGTERM)
+    except KeyboardInterrupt:
+        run.say("Stopped. The same command goes on from the last checkpoint.")
+        sys.stdout.flush()
+        os._exit(EXIT_SIGINT)  # at once: Python's own end waits for a save's threads
     finally:
         run.close()
         signal.signal(signal.SIGTERM, before)
