@@ -3,8 +3,8 @@
     <folder>/<step>/state/<leaf>/...   what Orbax wrote
     <folder>/<step>/MANIFEST.json      SHA-256 of every file and of every leaf
 
-A step is written under `<step>.tmp`, the manifest last, and committed by one rename:
-what stands under its number is whole or was damaged later, and damage shows.
+A step that counts (`commit` tells which do) was written whole; if it was damaged later,
+that shows. The folder lies on a disk or in a bucket, gs://BUCKET/FOLDER.
 
     python -m jaxzoo.training.checkpoint verify|hash|list DIR
 """
@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 import threading
 import warnings
@@ -27,13 +26,22 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from jaxzoo.core.tree import describe, differences, named_leaves
+from jaxzoo.training import commit
 from jaxzoo.training.crash import crash_point
+from jaxzoo.training.folder import (
+    file_names,
+    free_bytes,
+    in_bucket,
+    locate,
+    remove,
+    write_out,
+)
 from jaxzoo.training.hosts import everyone, from_first, is_first, wait_for_all
 from jaxzoo.training.manifest import (
+    MANIFEST,
     DamagedCheckpoint,
     damage,
     read_manifest,
-    sync_folder,
     write_manifest,
     wrong_leaf,
 )
@@ -49,17 +57,14 @@ class Checkpoints:
     """The checkpoints of one fit below one folder; a context manager.
 
     Args:
-        folder: absolute path, made if missing.
+        folder: absolute path, made if missing, or one that `folder.locate` gave.
         keep: how many of the newest steps stay.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2):
         self.folder, self._keep = folder, keep
         if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("*.tmp", "*.old"):  # what a kill left behind
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path)
+            commit.drop_unfinished(folder)
         wait_for_all("opened the checkpoints")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -74,8 +79,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return commit.committed(self.folder)
 
     def latest(self) -> int | None:
         """The newest committed step, or None."""
@@ -101,8 +105,9 @@ class Checkpoints:
             SaveError: this save or the one before it failed; the older steps stay.
         """
         self.wait()
-        if from_first((self.folder / str(step)).exists()):
+        if from_first(step in self.steps()):
             return
+        write_out()  # a checkpoint counts on the lines that were logged before it
         names = {name.replace("/", ".") for name in named_leaves(state)}
         if len(names) < len(jax.tree.leaves(state)):
             raise ValueError(
@@ -120,8 +125,10 @@ class Checkpoints:
             self.wait()
 
     def _write(self, step: int, leaves: dict[str, Any], arrays: Any) -> None:
-        temporary = self.folder / f"{step}.tmp"
+        temporary = commit.staging(self.folder, step)
         try:
+            if is_first():
+                remove(temporary)  # in a bucket a damaged step may lie there
             with _orbax() as writer:
                 writer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
             crash_point("save.arrays")
@@ -131,18 +138,14 @@ class Checkpoints:
                 self._commit(step, temporary)
             wait_for_all(f"saved {step}")
         except Exception as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             self._error = _explained(error, self.folder, arrays)
 
     def _commit(self, step: int, temporary: Path) -> None:
-        temporary.rename(self.folder / str(step))
-        sync_folder(self.folder)
+        commit.publish(temporary, self.folder / str(step))
         crash_point("save.committed")
         for old in self.steps()[: -self._keep]:
-            # Not deleted in place: half a folder would look like damage.
-            gone = (self.folder / str(old)).rename(self.folder / f"{old}.old")
-            crash_point("clean.renamed")
-            shutil.rmtree(gone)
+            commit.discard(self.folder / str(old))
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a step into arrays with the shapes, dtypes and shardings of `like`.
@@ -178,12 +181,10 @@ class Checkpoints:
             try:
                 return step, self.restore(step, like)
             except DamagedCheckpoint as found:
-                aside = self.folder / f"{step}.damaged"
+                aside = ""
                 if is_first():
-                    if aside.exists():
-                        shutil.rmtree(aside)
-                    (self.folder / str(step)).rename(aside)
-                wait_for_all(f"put {step} aside")
+                    aside = str(commit.put_aside(self.folder / str(step)))
+                aside = from_first(aside)
                 warnings.warn(f"{found} It is now {aside}.", stacklevel=2)
         return None
 
@@ -269,7 +270,7 @@ def _wrap_key(like: Any, leaf: Any) -> Any:
 def _explained(error: Exception, folder: Path, arrays: Any) -> Exception:
     """The error of a save, with the folder and, for a full disk, the bytes."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     # tensorstore tells a full disk in words, without an errno.
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(
         error
@@ -288,6 +289,10 @@ def _number(step: Path) -> int:
 
 def _step_folders(folder: Path) -> list[Path]:
     """The steps at or below a folder: itself, a fit's, or of each fit of a run."""
+    if in_bucket(folder):
+        told = [folder / name for name in file_names(folder)]
+        found = [path.parent for path in told if path.name == MANIFEST]
+        return sorted(found, key=lambda step: (step.parent, _number(step)))
     if _is_step(folder):
         return [folder]
     found = [p for p in [*folder.glob("*"), *folder.glob("*/*")] if _is_step(p)]
@@ -305,7 +310,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2 or argv[0] not in {"verify", "hash", "list"}:
         print("usage: checkpoint verify|hash|list DIR", file=sys.stderr)
         return 2
-    command, folder = argv[0], Path(argv[1]).resolve()
+    command, folder = argv[0], locate(argv[1])
     steps = _step_folders(folder) if folder.is_dir() else []
     if not steps:
         print(f"error: {folder} holds no checkpoint.", file=sys.stderr)

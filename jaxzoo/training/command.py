@@ -46,7 +46,7 @@ class Asked(NamedTuple):
     preset: str
     config: Any
     options: Options
-    run_dir: Path
+    run_dir: str
     fresh: bool
 
 
@@ -76,8 +76,8 @@ def parse(
     class Words:
         config: tyro.conf.OmitArgPrefixes[type(start)]  # pyright: ignore
         options: tyro.conf.OmitArgPrefixes[Options]
-        run_dir: Path = Path("runs") / topic / slug
-        """Everything that the run writes lies here."""
+        run_dir: str = str(Path("runs") / topic / slug)
+        """Everything that the run writes lies here: a local path or gs://BUCKET/X."""
         fresh: bool = False
         """Begin again, also where an unfinished run could be continued."""
 
@@ -182,7 +182,7 @@ def _terminate(*_: Any) -> None:
 def _facts(main: Callable[[Any, Run], Report], asked: Asked) -> dict[str, Any]:
     """What has to be the same in all processes of a run."""
     settings = {**dataclasses.asdict(asked.config), **dataclasses.asdict(asked.options)}
-    settings |= {"preset": asked.preset, "run_dir": str(asked.run_dir)}
+    settings |= {"preset": asked.preset, "run_dir": asked.run_dir}
     code = launch.versions_and_code(Path(main.__globals__["__file__"]))
     return {**{name: str(value) for name, value in settings.items()}, **code}
 

@@ -15,6 +15,7 @@ import tensorstore
 
 from jaxzoo.core.tree import leaf_sha256, named_leaves
 from jaxzoo.training.crash import crash_point
+from jaxzoo.training.folder import facts, file_names, in_bucket, kvstore, names
 from jaxzoo.training.hosts import is_first, wait_for_all
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "DamagedCheckpoint",
     "damage",
     "read_manifest",
-    "sync_folder",
     "wrong_leaf",
     "write_manifest",
 ]
@@ -61,18 +61,21 @@ def write_manifest(
     for name, leaf in named.items():
         whole = _read_back(folder, name, parts[name]) if name in split else leaf
         leaves[name]["sha256"] = leaf_sha256(whole)
-    files = {
-        path.relative_to(folder).as_posix(): _file_facts(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = facts(folder, file_names(folder))
     content = {"format": 1, "step": step, "leaves": leaves, "files": files}
     if parts:
         content["parts"] = parts
     content["digest"] = _self_digest(content)
     crash_point("save.manifest")
-    with open(folder / MANIFEST, "w") as file:
-        json.dump(content, file, indent=1)
+    _write(folder / MANIFEST, json.dumps(content, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    if in_bucket(path):
+        path.write_text(text)
+        return
+    with open(path, "w") as file:
+        file.write(text)
         file.flush()
         # The other files are left to the system: if they are lost with the power, the
         # manifest says so and the step before is taken.
@@ -99,10 +102,11 @@ def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     return ",".join(f"{start}:{stop}" for start, stop in spans)
 
 
-def _gathered(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
+def _gathered(folder: Path, split: list[str]) -> dict[str, dict[str, str]]:
     """The hashes that all processes left, which then are not files any more."""
-    parts: dict[str, dict[str, str]] = {name: {} for name in names}
-    for path in folder.glob("parts-*.json"):
+    parts: dict[str, dict[str, str]] = {name: {} for name in split}
+    told = [name for name in names(folder) if name.startswith("parts-")]
+    for path in (folder / name for name in told):
         for name, hashes in json.loads(path.read_text()).items():
             parts[name].update(hashes)
         path.unlink()
@@ -112,8 +116,8 @@ def _gathered(folder: Path, names: list[str]) -> dict[str, dict[str, str]]:
 def _read_back(folder: Path, name: str, parts: dict[str, str]) -> np.ndarray:
     """A leaf from its files, each part as the process that had it told."""
     path = folder / "state" / name.replace("/", ".")
-    kvstore = {"driver": "file", "path": str(path)}
-    opened = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True)
+    spec = {"driver": "zarr", "kvstore": kvstore(path)}
+    opened = tensorstore.open(spec, read=True)
     whole = opened.result().read().result()
     for place, sha256 in parts.items():
         spans = (map(int, span.split(":")) for span in place.split(","))
@@ -160,17 +164,15 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     found = []
     if str(step) != folder.name:
         found.append(f"{where}: file '{MANIFEST}' is that of step {step}.")
-    present = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() or path.is_symlink()
-    }
+    present = set(file_names(folder))
     for name in sorted(present - files.keys() - {MANIFEST}):
         found.append(f"{where}: file '{name}'{_leaf_of(name)} was not saved with it.")
-    for name, facts in list(files.items())[share[0] :: share[1]]:
+    mine = dict(list(files.items())[share[0] :: share[1]])
+    there = facts(folder, mine.keys() & present)
+    for name, saved in mine.items():
         if name not in present:
             found.append(f"{where}: file '{name}'{_leaf_of(name)} is missing.")
-        elif (folder / name).is_symlink() or _file_facts(folder / name) != facts:
+        elif there[name] != saved:
             found.append(
                 f"{where}: file '{name}'{_leaf_of(name)} is not what was saved."
             )
@@ -201,18 +203,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _self_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ The guard is part of the compiled step: no step waits for the host.
 """
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxzoo.core.tree import leaf_sha256, named_leaves
+from jaxzoo.training.folder import in_bucket, replace
 from jaxzoo.training.hosts import is_first
 
 __all__ = [
@@ -223,11 +225,13 @@ def write_black_box(
     path = folder / "nonfinite" / f"{fit}-{diagnosis.step}.json"
     if not is_first():
         return path
-    path.parent.mkdir(exist_ok=True)
+    if not in_bucket(path):
+        path.parent.mkdir(exist_ok=True)
     leaves = {name or "batch": np.asarray(x) for name, x in named_leaves(batch).items()}
     small = sum(leaf.nbytes for leaf in leaves.values()) <= LARGEST_BATCH
     if small:
-        np.savez(path.with_suffix(".npz"), **leaves)  # pyright: ignore
+        np.savez(file := io.BytesIO(), **leaves)  # pyright: ignore
+        path.with_suffix(".npz").write_bytes(file.getvalue())
     told = {
         "fit": fit,
         "step": diagnosis.step,
@@ -255,6 +259,4 @@ def passed_over(folder: Path, fit: str) -> list[tuple[int, int]]:
 def pass_over(folder: Path, fit: str, spans: list[tuple[int, int]]) -> None:
     """Notes what `passed_over` tells, so that a resumed run leaves it out too."""
     path = folder / "nonfinite" / f"{fit}.passed_over.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(spans))
-    temporary.replace(path)
+    replace(path, json.dumps(spans))

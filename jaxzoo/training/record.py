@@ -7,10 +7,10 @@ without report.json is an unfinished run, which the same settings continue.
 """
 
 import dataclasses
+import io
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from jaxzoo.training import folder as folders
 from jaxzoo.training.hosts import from_first, is_first, wait_for_all
-from jaxzoo.training.lock import FolderInUseError, hold, release
+from jaxzoo.training.lock import FolderInUseError, check, hold, release
 from jaxzoo.training.options import Options
 from jaxzoo.training.page import page
 from jaxzoo.training.program import Program
@@ -86,7 +87,9 @@ class Run:
     """The open folder of one run.
 
     Args:
-        folder: where everything is written.
+        folder: where everything is written: a local path, or gs://BUCKET/FOLDER as
+            text. In a bucket a killed run may lose log lines of the last 10 s, never
+            of steps before its newest checkpoint.
         topic: the experiment's topic.
         slug: the experiment's slug.
         title: one line on what it is.
@@ -98,13 +101,15 @@ class Run:
         dry_run: what `train` calls with its program in place of running it.
 
     Raises:
+        ValueError: the folder is no folder, or an option needs a local one.
+        MissingExtraError: a package is missing that the folder or an option needs.
         RunFolderError: the folder holds something else, an unfinished run with other
             settings, or is in use by another process.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         *,
         topic: str,
         slug: str,
@@ -118,7 +123,8 @@ class Run:
     ):
         self.options = Options() if options is None else options
         self.mesh, self.dry_run = mesh, dry_run
-        self.folder = folder.resolve()
+        self.folder = folders.locate(folder)
+        _refuse_local_files(self.folder, self.options)
         self._lock = self.folder / "lock.json"
         # A text such as "[a, b]" or ":x:" is no markup. One process speaks for all.
         self.console = Console(markup=False, emoji=False, quiet=not is_first())
@@ -144,6 +150,7 @@ class Run:
         """Completes what lies beside metrics.jsonl; `log` may not be called again."""
         for sink in self._sinks:
             sink.close()
+        folders.write_out()
 
     def _open_together(self, fresh: bool) -> None:
         error: Exception | None = None
@@ -165,10 +172,12 @@ class Run:
             # It changes the numbers; what else is in the options does not.
             "reproducible": self.options.reproducible,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folders.write_out()  # of a run of this process that was not closed
+        if not folders.in_bucket(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_foreign(settings)
         try:
-            hold(self._lock)
+            hold(self._lock, self.say)
             self.resumed = self._claim_folder(settings, fresh)
         except FolderInUseError as error:
             raise RunFolderError(str(error)) from None
@@ -182,7 +191,7 @@ class Run:
     def _refuse_foreign(self, settings: dict[str, Any]) -> None:
         # Other programs write a config.json too.
         ours = _read(self.folder / "config.json").keys() == settings.keys()
-        if not ours and any(path != self._lock for path in self.folder.iterdir()):
+        if not ours and set(folders.names(self.folder)) - {self._lock.name}:
             raise RunFolderError(
                 f"{self.folder} is not empty and is not a run's folder: "
                 "name another one by --run-dir."
@@ -210,7 +219,7 @@ class Run:
         for name in ("report.json", "report.html", *figures):
             (self.folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "nonfinite", "profile", "tensorboard", "wandb"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            folders.remove(self.folder / name)
         for name in ("metrics.jsonl", "env.json", "config.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -219,25 +228,27 @@ class Run:
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
         if text and not text.endswith("\n"):
-            _replace(path, text[: text.rfind("\n") + 1])
+            folders.replace(path, text[: text.rfind("\n") + 1])
 
     def _save_environment(self) -> None:
         seconds = self._earlier + time.monotonic() - self._began
-        _write(self.folder / "env.json", {**self._environment, "seconds": seconds})
+        told = {**self._environment, "seconds": seconds}
+        folders.write_later(self.folder / "env.json", _text(told))
 
     def log(self, fit: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl, and to the places beside it."""
         if not is_first():
             return
+        check(self._lock)
         line = json.dumps(_plain({"fit": fit, "step": step, **metrics}))
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(line + "\n")
+        folders.append(self.folder / "metrics.jsonl", line + "\n")
         for sink in self._sinks:
             sink.log(fit, step, metrics)
         self._save_environment()  # how long this sitting was, wherever it ends
 
     def history(self, fit: str) -> dict[str, np.ndarray]:
         """What was logged of one fit: each name with its values over the log steps."""
+        folders.write_out()
         wait_for_all(f"history of {fit}")  # the first has written it
         rows = [row for row in self._rows() if row["fit"] == fit]
         names = [name for name in rows[0] if name != "fit"] if rows else []
@@ -253,7 +264,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if is_first() and path.exists():
             rows = [r for r in self._rows() if r["fit"] != fit or r["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+            folders.replace(path, "".join(json.dumps(row) + "\n" for row in rows))
         for sink in self._sinks:
             if isinstance(sink, TensorBoard):
                 sink.forget_after(fit, step)
@@ -298,11 +309,13 @@ class Run:
             return Figure(f"{name}.png", title, caption)
         # Without its version string matplotlib writes the same bytes for the same plot.
         figure.savefig(
-            self.folder / f"{name}.png",
+            file := io.BytesIO(),
+            format="png",
             dpi=110,
             bbox_inches="tight",
             metadata={"Software": None},
         )
+        (self.folder / f"{name}.png").write_bytes(file.getvalue())
         figure.clear()
         return Figure(f"{name}.png", title, caption)
 
@@ -323,8 +336,10 @@ class Run:
         }
         record = _plain(record)
         _write(self.folder / "report.json", record)
-        html = page([{**record, "folder": self.folder}], title=self._head["title"])
-        _replace(self.folder / "report.html", html)
+        pictures = [figure.file for figure in report.figures]
+        with folders.local_copy(self.folder, pictures) as folder:
+            html = page([{**record, "folder": folder}], title=self._head["title"])
+        folders.replace(self.folder / "report.html", html)
         self.table(
             f"Claims of {self._head['topic']}/{self._head['slug']}",
             ("claim", "measured", "bound", "holds"),
@@ -340,6 +355,7 @@ class Run:
             ],
         )
         self.say(f"{record['seconds']:.0f} s. Report: {self.folder / 'report.html'}")
+        folders.write_out()
         release(self._lock)
         return holds
 
@@ -390,14 +406,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    _replace(path, json.dumps(value, indent=1) + "\n")
+    folders.replace(path, _text(value))
 
 
-def _replace(path: Path, text: str) -> None:
-    # A reader, or a run that goes on after a kill, never sees half a file.
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _refuse_local_files(folder: Path, options: Options) -> None:
+    wanted = [n for n in ("tensorboard", "wandb", "profile") if getattr(options, n)]
+    if wanted and folders.in_bucket(folder):
+        raise ValueError(
+            f"--{wanted[0]} writes to a local folder, and {folder} is in a bucket: "
+            "leave it out, or name a local --run-dir."
+        )
 
 
 def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
