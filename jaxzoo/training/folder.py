@@ -164,7 +164,7 @@ def _facts_of_file(path: Path) -> dict[str, Any]:
 def remove(folder: Path) -> None:
     """Removes a folder with all that is below it, as far as it is there."""
     if in_bucket(folder):
-        objects(folder).delete_range(tensorstore.KvStore.KeyRange()).result()
+        cast(epath.Path, folder).rmtree(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -157,8 +157,12 @@ class Run:
         if is_first():
             try:
                 self._open(fresh)
-            except (RunFolderError, OSError) as met:
+            except RunFolderError as met:
                 error = met
+            except (OSError, ValueError) as met:
+                # A bucket's answer comes without an errno, or as ValueError.
+                errno = getattr(met, "errno", None)
+                error = met if errno else RunFolderError(f"{self.folder}: {met}.")
         told, self.resumed = from_first([error and str(error), self.resumed])
         if error is not None:
             raise error
@@ -261,6 +265,7 @@ class Run:
 
     def forget_after(self, fit: str, step: int) -> None:
         """Drops the lines of a fit beyond a step: they will be computed again."""
+        folders.write_out()
         path = self.folder / "metrics.jsonl"
         if is_first() and path.exists():
             rows = [r for r in self._rows() if r["fit"] != fit or r["step"] <= step]

@@ -161,8 +161,9 @@ class Client(fsspec.AbstractFileSystem):
             mode = "wb"  # as gcsfs does it: what was there is gone
         return _Object(self, path, mode)
 
-    def _rm(self, path):
-        self._call("DELETE", path)
+    def rm(self, path, recursive=False, maxdepth=None):
+        for name in self.find(path) if recursive else [path]:
+            self._call("DELETE", name)
 
     def mkdir(self, path, create_parents=True, **_):
         pass
