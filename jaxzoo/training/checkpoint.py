@@ -138,8 +138,10 @@ class Checkpoints:
                 self._commit(step, temporary)
             wait_for_all(f"saved {step}")
         except Exception as error:
-            remove(temporary)
-            self._error = _explained(error, self.folder, arrays)
+            try:
+                commit.give_up(temporary)
+            finally:
+                self._error = _explained(error, self.folder, arrays)
 
     def _commit(self, step: int, temporary: Path) -> None:
         commit.publish(temporary, self.folder / str(step))

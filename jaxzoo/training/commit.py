@@ -15,7 +15,15 @@ from jaxzoo.training.crash import crash_point
 from jaxzoo.training.folder import in_bucket, names, remove
 from jaxzoo.training.manifest import MANIFEST
 
-__all__ = ["committed", "discard", "drop_unfinished", "publish", "put_aside", "staging"]
+__all__ = [
+    "committed",
+    "discard",
+    "drop_unfinished",
+    "give_up",
+    "publish",
+    "put_aside",
+    "staging",
+]
 
 ASIDE = f"{MANIFEST}.damaged"
 
@@ -39,6 +47,12 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def give_up(staged: Path) -> None:
+    """Removes what was written of a step, unless it counts already."""
+    if not (in_bucket(staged) and _counts(staged)):
+        remove(staged)
 
 
 def committed(folder: Path) -> list[int]:

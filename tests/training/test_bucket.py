@@ -123,10 +123,16 @@ def test_without_gcsfs_the_command_to_install_it_is_told(monkeypatch):
         folder.locate("gs://runs-bucket/run")
 
 
-@pytest.mark.parametrize("option", ["tensorboard", "wandb", "profile"])
-def test_what_needs_a_local_folder_is_refused(open_run, option):
-    options = Options(**{option: "1:2" if option == "profile" else True})
-    with pytest.raises(ValueError, match=f"--{option} writes to a local folder"):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tensorboard", Options(tensorboard=True)),
+        ("wandb", Options(wandb=True)),
+        ("profile", Options(profile="1:2")),
+    ],
+)
+def test_what_needs_a_local_folder_is_refused(open_run, name, options):
+    with pytest.raises(ValueError, match=f"--{name} writes to a local folder"):
         open_run(options=options)
 
 
@@ -149,8 +155,9 @@ def test_lines_wait_until_a_checkpoint_counts_on_them(objects, open_run):
     for step in range(3):
         run.log("fit", step, {"loss": step})
     assert lines(objects) < 3
-    Checkpoints(run.folder / "checkpoints" / "fit").save(3, FIRST)
-    assert lines(objects) == 3
+    with Checkpoints(run.folder / "checkpoints" / "fit") as checkpoints:
+        checkpoints.save(3, FIRST)
+        assert lines(objects) == 3
     run.log("fit", 3, {"loss": 3})
     assert len(run.history("fit")["loss"]) == 4
     run.log("fit", 4, {"loss": 4})
@@ -293,6 +300,17 @@ def test_a_save_that_fails_is_a_sentence_and_leaves_nothing(objects, fit, monkey
         with Checkpoints(fit) as checkpoints:
             checkpoints.save(3, FIRST)
     assert not below(objects, "fit/3/")
+
+
+def test_a_step_that_counts_outlives_an_error_after_it(objects, fit, monkeypatch):
+    def fails(_):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(commit, "discard", fails)
+    with pytest.raises(checkpoint.SaveError, match="unreachable"):
+        with Checkpoints(fit) as checkpoints:
+            checkpoints.save(3, FIRST)
+    assert commit.committed(fit) == [1, 2, 3] and verify(fit) == []
 
 
 def test_parts_are_read_back_from_where_they_lie(objects, fit):
