@@ -23,7 +23,7 @@ cd "/tmp/jaxzoo-$UID-iwae"
 git fetch --quiet --depth 1 "$REPOSITORY" "$REVISION"
 git checkout --quiet --force FETCH_HEAD
 uv venv --quiet --allow-existing --python 3.13 .venv
-uv pip install --quiet --editable ".[tpu]" gcsfs
+uv pip install --quiet --editable ".[tpu,gcs]"
 [ -n "${JAXZOO_COORDINATOR:-}" ] || export JAXZOO_DISTRIBUTED=auto
 export JAX_COMPILATION_CACHE_DIR="$RUNS/compile-cache"
 exec .venv/bin/python -m jaxzoo.training.launch -- .venv/bin/python -m experiments.vae.iwae full --run-dir "$RUNS/iwae"

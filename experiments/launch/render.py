@@ -97,7 +97,7 @@ def host_script(job: Job) -> str:
             'git fetch --quiet --depth 1 "$REPOSITORY" "$REVISION"',
             "git checkout --quiet --force FETCH_HEAD",
             "uv venv --quiet --allow-existing --python 3.13 .venv",
-            f'uv pip install --quiet --editable ".[{extra}]" gcsfs',
+            f'uv pip install --quiet --editable ".[{extra},gcs]"',
             # jax finds the other hosts, unless the launcher names them.
             '[ -n "${JAXZOO_COORDINATOR:-}" ] || export JAXZOO_DISTRIBUTED=auto',
             'export JAX_COMPILATION_CACHE_DIR="$RUNS/compile-cache"',

@@ -72,7 +72,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         # After a second Ctrl-C nobody waits for a save, which may take minutes.
         if kind is not KeyboardInterrupt:
             self.wait()

@@ -16,6 +16,7 @@ import tyro
 from jaxzoo.training import compile_cache, launch
 from jaxzoo.training.checkpoint import SaveError
 from jaxzoo.training.loop import Stopped
+from jaxzoo.training.lock import FolderInUseError
 from jaxzoo.training.mesh import PlacementError, make_mesh
 from jaxzoo.training.options import Options
 from jaxzoo.training.record import Report, Run, RunFolderError
@@ -155,6 +156,8 @@ def experiment(
         _fail(sentence, launch.EXIT_LOST, alone=True)
     except FloatingPointError as error:
         _fail(str(error), EXIT_FAILED)
+    except FolderInUseError as error:  # another process took a folder in a bucket
+        _fail(str(error), alone=True)
     except SaveError as error:
         sentence = f"{error} The same command goes on from the checkpoint before."
         _fail(sentence, alone=True)
