@@ -15,8 +15,8 @@ import tyro
 
 from jaxzoo.training import compile_cache, launch
 from jaxzoo.training.checkpoint import SaveError
-from jaxzoo.training.loop import Stopped
 from jaxzoo.training.lock import FolderInUseError
+from jaxzoo.training.loop import Stopped
 from jaxzoo.training.mesh import PlacementError, make_mesh
 from jaxzoo.training.options import Options
 from jaxzoo.training.record import Report, Run, RunFolderError
