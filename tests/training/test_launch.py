@@ -530,6 +530,8 @@ def test_versions_and_code_see_a_changed_line(tmp_path):
     assert [n for n in first if first[n] != second[n]] == ["code of iwae.py"]
 
 
+# jax, where another test has loaded it, warns of any fork in this process.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 def test_a_child_has_a_group_of_its_own(tmp_path):
     child = Child(0, ["sleep", "60"], dict(os.environ), None)
     child.read()
