@@ -21,7 +21,7 @@ As in the released code a batch is standardised by the statistics before it, and
 then do they move; with a momentum that falls from 1 the first batch sets them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -292,35 +292,39 @@ class LadderOfProjectors(nn.Module):
 
     @nn.compact
     def __call__(
-        self, blocks: Sequence[Float[Array, "... t d"]]
+        self, blocks: Float[Array, "depth ... t d"]
     ) -> dict[str, tuple[Float[Array, "... w"], Float[Array, "... n w"]]]:
         """By teacher `(CLS, patches)`, from the tokens after each block, CLS first."""
-        last = len(blocks) - 1
+        kinds = (blocks[..., 0, :], blocks[..., 1:, :])
         projected = {}
         for name, width in sorted(self.widths.items()):
-            sums = []
-            for kind, part in (("cls", 0), ("patch", slice(1, None))):
-                steps = [
-                    self._mlp(
-                        tokens[..., part, :],
-                        self.last_hidden if i == last else self.hidden,
-                        width,
-                        f"{name}_{kind}_{i}",
-                    )
-                    for i, tokens in enumerate(blocks)
-                ]
-                sums.append(sum(steps[1:], steps[0]))
+            sums = self._rungs([x[-1:] for x in kinds], self.last_hidden, width, name)
+            if len(blocks) > 1:
+                lower = [x[:-1] for x in kinds]
+                more = self._rungs(lower, self.hidden, width, f"{name}_lower")
+                sums = [a + b for a, b in zip(sums, more, strict=True)]
             projected[name] = tuple(sums)
         return projected
 
-    def _mlp(self, x: Array, hidden: int, width: int, name: str) -> Array:
-        dense = {
-            "dtype": self.dtype,
-            "kernel_init": nn.initializers.truncated_normal(0.02),
-        }
-        x = nn.Dense(hidden, name=f"{name}_in", **dense)(x)
-        x = nn.Dense(width, name=f"{name}_out", **dense)(nn.gelu(x, approximate=False))
-        return x.astype(jnp.float32)
+    def _rungs(
+        self, kinds: list[Array], hidden: int, width: int, name: str
+    ) -> list[Array]:
+        """The sum of an MLP per block, for each kind; their parameters are stacked."""
+        count, d = len(kinds[0]), kinds[0].shape[-1]
+        normal, zeros = nn.initializers.truncated_normal(0.02), nn.initializers.zeros
+        up = self.param(f"{name}_up", normal, (2, count, d, hidden))
+        up_bias = self.param(f"{name}_up_bias", zeros, (2, count, hidden))
+        down = self.param(f"{name}_down", normal, (2, count, hidden, width))
+        down_bias = self.param(f"{name}_down_bias", zeros, (2, width))
+        up, up_bias, down = (p.astype(self.dtype) for p in (up, up_bias, down))
+        sums = []
+        for i, x in enumerate(kinds):
+            y = jnp.einsum("l...d,ldh->l...h", x.astype(self.dtype), up[i])
+            bias = up_bias[i].reshape(count, *(1,) * (y.ndim - 2), hidden)
+            y = nn.gelu(y + bias, approximate=False)
+            y = jnp.einsum("l...h,lhw->...w", y, down[i]).astype(jnp.float32)
+            sums.append(y + down_bias[i].reshape((1,) * (y.ndim - 1) + (width,)))
+        return sums
 
 
 def _float32(x: ArrayLike) -> Array:

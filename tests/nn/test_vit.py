@@ -1,5 +1,7 @@
 """The transformer against NumPy, and what a masked encoder relies on."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from jaxzoo.nn.vit import Block, Transformer, ViT, patchify, sincos_2d, unpatchify
 
-VIT = ViT(patch=2, width=8, depth=2, heads=2)
+VIT: Any = ViT(patch=2, width=8, depth=2, heads=2)
 IMAGES = jax.random.normal(jax.random.key(1), (3, 4, 6, 2))
 PARAMS = VIT.init(jax.random.key(0), IMAGES)
 
@@ -84,7 +86,8 @@ def test_the_whole_by_numpy():
     x = patches @ p["patches"]["kernel"] + p["patches"]["bias"] + sincos_2d(2, 3, 8)
     x = np.concatenate([p["cls"][None], x])
     for i in range(2):
-        x = numpy_block(x, p["body"][f"block_{i}"], heads=2)
+        block = jax.tree.map(lambda a, i=i: a[i], p["body"]["blocks"])
+        x = numpy_block(x, block, heads=2)
         assert_allclose(blocks[i][0], x, rtol=1e-4, atol=1e-4)
     assert_allclose(out[0], numpy_norm(x, p["body"]["norm"]), rtol=1e-4, atol=1e-4)
 
@@ -101,7 +104,7 @@ def test_the_encoder_takes_any_subset_in_any_order():
     moved, _ = VIT.apply(PARAMS, IMAGES[:, ::-1])
     assert np.abs(moved[:, 0] - out[:, 0]).max() > 1e-3
     part, blocks = VIT.apply(PARAMS, tokens[:, :2], method="encode")
-    assert part.shape == blocks[0].shape == (3, 3, 8)
+    assert part.shape == (3, 3, 8) and blocks.shape == (2, 3, 3, 8)
 
 
 def test_variants_have_the_parameters_they_say():
@@ -142,9 +145,9 @@ def test_a_gradient_step_lowers_a_loss_and_reaches_every_parameter():
     assert all(np.any(g != 0) for g in jax.tree.leaves(gradient))
 
 
-def test_a_transformer_without_blocks_is_its_norm():
-    body = Transformer(depth=0, heads=1)
-    x = IMAGES[:, 0]
-    out, blocks = body.apply(body.init(jax.random.key(0), x), x)
-    assert blocks == []
-    assert_allclose(out.mean(-1), 0.0, atol=1e-6)
+def test_blocks_start_from_different_weights():
+    kernel = PARAMS["params"]["body"]["blocks"]["up"]["kernel"]
+    assert kernel.shape == (2, 8, 32) and not np.array_equal(kernel[0], kernel[1])
+    body: Any = Transformer(3, 2)
+    (_, after_each), _ = body.init_with_output(jax.random.key(0), IMAGES)
+    assert after_each.shape == (3, *IMAGES.shape)

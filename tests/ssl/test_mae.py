@@ -1,6 +1,6 @@
 """The loss in float64, masks that are permutations, and a decoder that puts back."""
 
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -36,8 +36,8 @@ def test_loss_in_float64():
         assert_allclose(value, expected, rtol=1e-5)
     # Examples with more hidden patches weigh more: no mean of means.
     _, aux = mae_loss(PREDICTION, PATCHES, MASK)
-    means = [numpy_loss(*(a[b : b + 1] for a in (PREDICTION, PATCHES, MASK)))
-             for b in range(4)]  # fmt: skip
+    rows = [slice(b, b + 1) for b in range(4)]
+    means = [numpy_loss(PREDICTION[r], PATCHES[r], MASK[r]) for r in rows]
     assert_allclose(aux["per_example"], means, rtol=1e-5)
     assert abs(np.mean(means) - numpy_loss(PREDICTION, PATCHES, MASK)) > 1e-3
 
@@ -106,9 +106,9 @@ def test_every_token_is_hidden_equally_often():
     assert np.abs(masked.mask.mean(0) - 0.75).max() < 0.028
 
 
-def model(dtype: Any = jnp.float32):
-    vit = ViT(patch=2, width=8, depth=1, heads=2)
-    decoder = MAEDecoder(Transformer(1, 2), 12, 4, dtype=dtype)
+def model(dtype: Any = jnp.float32) -> Any:
+    vit: Any = ViT(patch=2, width=8, depth=1, heads=2)
+    decoder: Any = MAEDecoder(Transformer(1, 2), 12, 4, dtype=dtype)
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     params = vit.init(jax.random.key(1), images)
     tokens = vit.apply(params, images, method="embed")
@@ -134,7 +134,7 @@ def test_decoder_puts_codes_back_and_hidden_patches_differ_by_position_alone():
     _, told = probe.apply(
         weights, codes, masked.ids_restore, positions, mutable="intermediates"
     )
-    (x,) = cast(Any, told)["intermediates"]["body"]["tokens"]
+    (x,) = told["intermediates"]["body"]["tokens"]
     p = weights["params"]
     embedded = codes @ p["embed"]["kernel"] + p["embed"]["bias"][None, None]
     assert_allclose(x[:, 0], embedded[:, 0], atol=1e-6)  # CLS has no position
@@ -175,11 +175,11 @@ def test_nothing_hidden_or_everything_masked_is_zero():
 def test_a_batch_of_one_and_bfloat16():
     one = mae_loss(PREDICTION[:1], PATCHES[:1], MASK[:1])[0]
     assert_allclose(one, numpy_loss(PREDICTION[:1], PATCHES[:1], MASK[:1]), rtol=1e-5)
-    rough = [jnp.asarray(a, jnp.bfloat16) for a in (PREDICTION, PATCHES)]
-    value, _ = mae_loss(*rough, MASK)
+    prediction, patches = (jnp.asarray(a, jnp.bfloat16) for a in (PREDICTION, PATCHES))
+    value, _ = mae_loss(prediction, patches, MASK)
     assert value.dtype == jnp.float32
-    exact = [np.asarray(a, np.float32) for a in rough]
-    assert_allclose(value, numpy_loss(*exact, MASK), rtol=1e-5)
+    exact = [np.asarray(a, np.float32) for a in (prediction, patches)]
+    assert_allclose(value, numpy_loss(exact[0], exact[1], MASK), rtol=1e-5)
 
 
 def test_bad_arguments_are_named():

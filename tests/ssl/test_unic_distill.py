@@ -1,5 +1,7 @@
 """The losses in float64, dropping by its frequencies, statistics over a mesh."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,10 +189,10 @@ def test_one_example_and_bfloat16():
 
 
 def test_the_ladder_adds_a_projection_of_every_block():
-    vit = ViT(patch=2, width=8, depth=3, heads=2)
+    vit: Any = ViT(patch=2, width=8, depth=3, heads=2)
     images = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     _, blocks = vit.apply(vit.init(jax.random.key(1), images), images)
-    ladder = LadderOfProjectors({"b": 6, "a": 4}, hidden=5, last_hidden=16)
+    ladder: Any = LadderOfProjectors({"b": 6, "a": 4}, hidden=5, last_hidden=16)
     params = ladder.init(jax.random.key(2), blocks)
     projected = ladder.apply(params, blocks)
     assert jax.tree.map(jnp.shape, projected) == {
@@ -198,21 +200,25 @@ def test_the_ladder_adds_a_projection_of_every_block():
         "b": ((2, 6), (2, 4, 6)),
     }
     p = params["params"]
-    assert len(p) == 2 * 2 * 3 * 2  # teachers, kinds, blocks, layers
-    assert p["a_cls_0_in"]["kernel"].shape == (8, 5)
-    assert p["a_cls_2_in"]["kernel"].shape == (8, 16)
-    expected = np.zeros((2, 4, 6))
+    assert p["a_up"].shape == (2, 1, 8, 16) and p["a_lower_up"].shape == (2, 2, 8, 5)
+    expected = np.zeros((2, 2, 4, 6))  # CLS, repeated; patches
     for i, tokens in enumerate(blocks):
-        hidden = tokens[:, 1:] @ p[f"b_patch_{i}_in"]["kernel"]
-        expected += jax.nn.gelu(hidden, False) @ p[f"b_patch_{i}_out"]["kernel"]
-    assert_allclose(projected["b"][1], expected, rtol=1e-4, atol=1e-6)
+        rung, j = ("b_lower", i) if i < 2 else ("b", 0)
+        for kind, x in enumerate((tokens[:, :1].repeat(4, 1), tokens[:, 1:])):
+            hidden = jax.nn.gelu(x @ p[f"{rung}_up"][kind, j], approximate=False)
+            expected[kind] += hidden @ p[f"{rung}_down"][kind, j]
+    assert_allclose(projected["b"][0], expected[0][:, 0], rtol=1e-4, atol=1e-6)
+    assert_allclose(projected["b"][1], expected[1], rtol=1e-4, atol=1e-6)
+    rough = ladder.clone(dtype=jnp.bfloat16).apply(params, blocks)
+    assert rough["b"][1].dtype == jnp.float32
+    assert_allclose(rough["b"][1], expected[1], atol=0.01)
     # Every block is under the teacher's direct influence, the first too.
     gradient = jax.grad(
         lambda blocks: sum(
             y.sum() for y in jax.tree.leaves(ladder.apply(params, blocks))
         )
     )(blocks)
-    assert all(np.all(np.any(g != 0, axis=-1)) for g in gradient)
+    assert np.all(np.any(gradient != 0, axis=-1))
 
 
 def test_bad_arguments_are_named():
