@@ -180,7 +180,7 @@ def teacher_dropping(
     key: Key[Array, ""],
     losses: Float[ArrayLike, "batch teachers"],
     *,
-    drop: float = 0.5,
+    drop: float | Float[ArrayLike, ""] = 0.5,
 ) -> Bool[Array, "batch teachers"]:
     """Which teachers count for which example.
 
@@ -212,7 +212,7 @@ def unic_loss(
     losses: Float[ArrayLike, "batch teachers"],
     *,
     key: Key[Array, ""] | None = None,
-    drop: float = 0.5,
+    drop: float | Float[ArrayLike, ""] = 0.5,
     where: Bool[ArrayLike, " batch"] | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -354,7 +354,7 @@ def _moments(
     return tokens, mean, jnp.sqrt(squares / jnp.maximum(tokens - 1.0, 1.0)) + 1e-6
 
 
-def _keep(losses: Array, uniform: Array, drop: float) -> Array:
+def _keep(losses: Array, uniform: Array, drop: float | ArrayLike) -> Array:
     hardest = jnp.argmax(losses, axis=1)[:, None] == jnp.arange(losses.shape[1])[None]
     return hardest | (uniform >= drop)
 

@@ -241,3 +241,12 @@ def test_bad_arguments_are_named():
         stats.update(np.ones((1, 4), np.float32), momentum=0.5)
     with pytest.raises(ValueError, match="'momentum' is nan"):
         stats.update(np.ones((2, 4), np.float32), momentum=float("nan"))
+
+
+def test_dropping_takes_a_schedule():
+    def loss(drop):
+        return unic_loss(LOSSES, key=jax.random.key(0), drop=drop)[0]
+
+    assert_allclose(jax.jit(loss)(0.3), loss(0.3), rtol=1e-6)
+    with pytest.raises(ValueError, match="'key' is None"):
+        jax.jit(lambda drop: unic_loss(LOSSES, drop=drop)[0])(0.0)
