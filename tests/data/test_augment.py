@@ -39,7 +39,7 @@ ALL: list[Any] = [
 ]
 NAMES = ["crop", "flip", "vertical", "jitter", "grey", "blur", "noise", "compose"]
 every = pytest.mark.parametrize("augmentation", ALL, ids=NAMES)
-still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+still: Any = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_a_crop_is_pillows(size, monkeypatch):
         jax.effects_barrier()
         top, height, left, width = boxes.pop()
         cut = np.asarray(one)[0, top : top + height, left : left + width]
-        new = size or (12, 10)
+        height, width = size or (12, 10)
         for channel in range(3):
             image = Image.fromarray(cut[..., channel])
-            resized = image.resize(new[::-1], Image.Resampling.BILINEAR)
+            resized = image.resize((width, height), Image.Resampling.BILINEAR)
             assert_allclose(out[0, ..., channel], np.asarray(resized), atol=2e-6)
 
 
