@@ -14,7 +14,7 @@ from jaxzoo.nn.vit import Block, Transformer, ViT, patchify, sincos_2d, unpatchi
 
 VIT: Any = ViT(patch=2, width=8, depth=2, heads=2)
 IMAGES = jax.random.normal(jax.random.key(1), (3, 4, 6, 2))
-PARAMS = VIT.init(jax.random.key(0), IMAGES)
+PARAMS = jax.jit(VIT.init)(jax.random.key(0), IMAGES)
 
 
 def test_patches_are_cut_row_by_row_and_put_together_again():

@@ -1,5 +1,6 @@
 """The loss in float64, masks that are permutations, and a decoder that puts back."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from numpy.testing import assert_allclose
 from jaxzoo.nn.vit import Transformer, ViT, patchify, sincos_2d
 from jaxzoo.ssl.mae import MAEDecoder, mae_loss, random_masking, unshuffle
 
+POSITIONS = sincos_2d(4, 4, 12)
 RNG = np.random.default_rng(0)
 PREDICTION, PATCHES = RNG.normal(size=(2, 4, 9, 12)).astype(np.float32)
 MASK = RNG.random((4, 9)) < np.array([[0.2], [0.5], [0.7], [0.9]])
@@ -106,39 +108,45 @@ def test_every_token_is_hidden_equally_often():
     assert np.abs(masked.mask.mean(0) - 0.75).max() < 0.028
 
 
-def model(dtype: Any = jnp.float32) -> Any:
+@functools.cache
+def model() -> Any:
+    """A tiny encoder and decoder, and what the one makes of two images."""
     vit: Any = ViT(patch=2, width=8, depth=1, heads=2)
-    decoder: Any = MAEDecoder(Transformer(1, 2), 12, 4, dtype=dtype)
-    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    params = vit.init(jax.random.key(1), images)
-    tokens = vit.apply(params, images, method="embed")
-    masked = random_masking(jax.random.key(2), tokens)
-    codes, _ = vit.apply(params, masked.visible, method="encode")
-    positions = sincos_2d(4, 4, 12)
-    weights = decoder.init(jax.random.key(3), codes, masked.ids_restore, positions)
-    return images, decoder, weights, codes, masked, positions
+    decoder: Any = MAEDecoder(Transformer(1, 2), 12, 4)
+    images, positions = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), POSITIONS
+
+    @jax.jit
+    def build():
+        params = vit.init(jax.random.key(1), images)
+        tokens = vit.apply(params, images, method="embed")
+        masked = random_masking(jax.random.key(2), tokens)
+        codes, _ = vit.apply(params, masked.visible, method="encode")
+        ids = masked.ids_restore
+        return decoder.init(jax.random.key(3), codes, ids, positions), codes, masked
+
+    return images, decoder, *build()
 
 
 def test_encoder_has_a_quarter_of_the_tokens_and_the_decoder_all():
-    images, decoder, weights, codes, masked, positions = model()
+    images, decoder, weights, codes, masked = model()
     assert codes.shape == (2, 1 + 4, 8)
-    prediction = decoder.apply(weights, codes, masked.ids_restore, positions)
+    prediction = decoder.apply(weights, codes, masked.ids_restore, POSITIONS)
     assert prediction.shape == patchify(images, 2).shape == (2, 16, 4)
     value, _ = mae_loss(prediction, patchify(images, 2), masked.mask)
     assert np.isfinite(value)
 
 
 def test_decoder_puts_codes_back_and_hidden_patches_differ_by_position_alone():
-    _, decoder, weights, codes, masked, positions = model()
+    _, decoder, weights, codes, masked = model()
     probe = decoder.clone(body=Tell())
     _, told = probe.apply(
-        weights, codes, masked.ids_restore, positions, mutable="intermediates"
+        weights, codes, masked.ids_restore, POSITIONS, mutable="intermediates"
     )
     (x,) = told["intermediates"]["body"]["tokens"]
     p = weights["params"]
     embedded = codes @ p["embed"]["kernel"] + p["embed"]["bias"][None, None]
     assert_allclose(x[:, 0], embedded[:, 0], atol=1e-6)  # CLS has no position
-    bare = np.asarray(x[:, 1:] - positions[None])
+    bare = np.asarray(x[:, 1:] - POSITIONS[None])
     for b in range(2):
         assert_allclose(bare[b][masked.ids_keep[b]], embedded[b, 1:], atol=1e-5)
         hidden = bare[b][np.asarray(masked.mask[b])]
@@ -155,10 +163,12 @@ class Tell(nn.Module):
 
 
 def test_bfloat16_decoder_keeps_float32_parameters_and_output():
-    _, decoder, weights, codes, masked, positions = model(jnp.bfloat16)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(weights))
-    rough = decoder.apply(weights, codes, masked.ids_restore, positions)
-    fine = model()[1].apply(weights, codes, masked.ids_restore, positions)
+    _, decoder, weights, codes, masked = model()
+    inputs = (codes, masked.ids_restore, POSITIONS)
+    coarse = decoder.clone(dtype=jnp.bfloat16)
+    own = jax.eval_shape(coarse.init, jax.random.key(0), *inputs)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(own))
+    rough, fine = coarse.apply(weights, *inputs), decoder.apply(weights, *inputs)
     assert rough.dtype == jnp.float32 and not np.array_equal(rough, fine)
     assert_allclose(rough, fine, atol=0.1)
 
