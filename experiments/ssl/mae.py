@@ -5,10 +5,10 @@ pretraining without labels a linear probe on the CLS token beats that of the sam
 with random weights by 10 points or more, and fine-tuning on 100 labels beats training
 from scratch on them.
 
-    python -m experiments.ssl.mae full     # digits at 28x28, 3 seeds: 4 minutes
+    python -m experiments.ssl.mae full     # digits at 28x28, 3 seeds
     python -m experiments.ssl.mae full --dataset fashion_mnist
 
-Expected of `full`: EXPECTED
+`full` has not been run to its end yet.
 """
 
 import dataclasses
