@@ -236,6 +236,7 @@ def linear_gaussian_claims(config: Config) -> tuple[list[Claim], dict[str, float
     kinds = {"iwae": 5, "stl": 1, "dreg": 5}
     losses = {e: functools.partial(estimator_loss, k, e) for e, k in kinds.items()}
 
+    @jax.jit  # one program: the three share most of their compilation
     def moments(offset):
         draws = config.gradient_draws
         every = losses.items()

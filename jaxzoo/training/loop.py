@@ -222,7 +222,7 @@ class _Fit:
         told = jax.device_get(told)
         skip = self.run.options.non_finite == "skip"
         if told.bad != nonfinite.FINE or not told.fine:
-            self._stop_at(end - 1 if skip else int(told.bad), first, end, state)
+            self._stop_at(first, end, state)
         if skip:
             told.metrics["skipped"] = end - first - int(told.fine)
         report_step(self.name, end)
@@ -231,13 +231,16 @@ class _Fit:
         signum, save = told.wishes.tolist()
         return signum, save
 
-    def _stop_at(self, bad: int, first: int, end: int, state: State) -> None:
-        """Tells what was bad at a step; the state is still that before it."""
+    def _stop_at(self, first: int, end: int, state: State) -> None:
+        """Finds the bad step of a call, from the state before the call, and stops."""
         run, name, policy = self.run, self.name, self.run.options.non_finite
-        batch = self.loader.stacked(bad, 1)
+        bad = end - 1
+        if policy == "skip":
+            batch = self.loader.stacked(bad, 1)
+        else:
+            bad, batch, state = self._first_bad(first, end, state)
         injection = run.options.injection()
-        step = self.step
-        diagnosis = nonfinite.diagnose(step, injection, state, batch, bad)
+        diagnosis = nonfinite.diagnose(self.step, injection, state, batch, bad)
         box = nonfinite.write_black_box(
             run.folder,
             diagnosis,
@@ -252,6 +255,20 @@ class _Fit:
         raise FloatingPointError(
             f"{name}, {diagnosis}{more}. The parameters are those before it; {box} has "
             "the batch and all bad leaves."
+        )
+
+    def _first_bad(self, first: int, end: int, state: State) -> tuple[int, Any, State]:
+        """The first bad step, its batch, and the state before it."""
+        for t in range(first, end):
+            batch = self.loader.stacked(t, 1)
+            rest = batch, np.int32(t), self._spread((0, 0))
+            state, told = self.call(state, self._no_bad_step(), *rest)
+            if int(told.bad) != nonfinite.FINE:
+                return t, batch, state
+        raise FloatingPointError(
+            f"{self.name}: of steps {first} to {end - 1} made together a number is not "
+            "finite, and of none of them made alone. The newest checkpoint is from "
+            "before."
         )
 
     def pass_over(self, bad: _RollBack) -> None:

@@ -67,7 +67,7 @@ class Told(NamedTuple):
     Attributes:
         metrics: means over the steps that count.
         fine: how many those are.
-        bad: number of the first bad step, or -1.
+        bad: as `nonfinite.guarded` tells it.
         wishes: the largest signal that a process received, and whether to save.
     """
 
@@ -168,11 +168,10 @@ def build(
     guard = guarded(on_mesh, policy, options.injection())
 
     def call(state: State, bad: Any, batch: Batch, first: Any, wishes: Any) -> Any:
-        numbers = first + jnp.arange(len(jax.tree.leaves(batch)[0]))
-        carry, (metrics, fine) = jax.lax.scan(guard, (state, bad), (batch, numbers))
+        state, bad, metrics, fine = guard(state, bad, batch, first)
         means = jax.tree.map(lambda m: _mean(m, fine, policy == "skip"), metrics)
-        told = Told(means, jnp.sum(fine), carry[1], jnp.max(wishes, axis=0))
-        return carry[0], told
+        told = Told(means, jnp.sum(fine), bad, jnp.max(wishes, axis=0))
+        return state, told
 
     out: Any = None
     if mesh is not None:
