@@ -1,4 +1,4 @@
-"""Sums and exchanges over the devices that share a batch.
+"""Sums, exchanges and sums over all pairs for devices that share a batch.
 
 `axis_name=None` means that arrays are whole: then each function here gives back what it
 got. A name means that the caller runs inside `jax.shard_map` or `jax.pmap`, and holds a
@@ -8,19 +8,35 @@ Gradients are those of jax's own collectives. Under `shard_map` (with its `check
 they are those of the whole. Under `pmap`, and with `check_vma=False`, a gradient taken
 inside is that of the sum of all devices' losses: average the parameters' gradients by
 `jax.lax.pmean`, as is usual there.
+
+Sums over pairs go one tile at a time: the columns travel round a ring of devices while
+each device keeps its rows. The backward pass lets them travel once more and computes
+each tile again; the gradient of a block travels with it and comes home complete. So a
+device holds one tile of logits, [rows, rows] or [rows, chunk], however many devices
+there are. A function of a tile takes two `Side`s. It has to be a plain module-level
+function of its arguments alone: nothing that it closes over gets a gradient.
 """
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxzoo.core.typed import as_float32
+
 __all__ = [
     "AxisName",
+    "Side",
     "all_gather",
     "axis_index",
     "axis_size",
+    "bounded",
+    "masked_rows",
+    "pair_log_sums",
+    "pair_sum",
     "psum",
     "shift",
     "varying",
@@ -93,3 +109,321 @@ def varying(tree: Tree, axis_name: AxisName) -> Tree:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
+
+
+class Side(NamedTuple):
+    """The rows, or the columns, of the pairs.
+
+    Attributes:
+        features: pytree of float arrays `[b, ...]`; they get gradients.
+        tags: pytree of arrays `[b, ...]` that get none, such as masks and numbers.
+    """
+
+    features: Any
+    tags: Any = None
+
+
+Block = Callable[[Side, Side], jax.Array]
+
+
+def pair_sum(
+    block: Block,
+    rows: Side,
+    columns: Side,
+    *,
+    axis_name: AxisName = None,
+    chunk: int | None = None,
+) -> jax.Array:
+    """The sum over all pairs of a row of this device and a column of any device.
+
+    Args:
+        block: `(rows, columns) -> scalar`, the sum over the pairs of a tile.
+        rows: one side, of this device.
+        columns: the other side, of this device.
+        axis_name: the axis of `jax.shard_map` or `jax.pmap` that the batch is split
+            over; None where it is whole. With a name there is no forward mode.
+        chunk: columns per tile, a divisor of those of a device; None takes them all.
+
+    Returns:
+        A scalar, another one on each device: `psum` it.
+
+    Raises:
+        ValueError: `chunk` is no such divisor, or there is no such axis here.
+
+    >>> products = lambda rows, columns: jnp.sum(rows.features @ columns.features.T)
+    >>> float(pair_sum(products, Side(jnp.ones((4, 3))), Side(jnp.ones((2, 3)))))
+    24.0
+    """
+    _check_chunk(columns, chunk)
+    if axis_name is None:
+        return _tiles_sum(block, rows, columns, None, chunk)
+    axis_size(axis_name)
+    rows, columns = varying((rows, columns), axis_name)
+    return _ring_sum(block, axis_name, chunk, rows, columns)
+
+
+def pair_log_sums(
+    logits: Block,
+    rows: Side,
+    columns: Side,
+    *,
+    axis_name: AxisName = None,
+    chunk: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """log sum exp of the logits: of each row over all columns, and the other way.
+
+    Args:
+        logits: `(rows, columns) -> [b, c]` of a tile, finite: give pairs that do not
+            count -1e30.
+        rows: as for `pair_sum`.
+        columns: as for `pair_sum`.
+        axis_name: as for `pair_sum`.
+        chunk: as for `pair_sum`.
+
+    Returns:
+        `[b]` for the rows of this device, and `[c]` for its columns.
+
+    Raises:
+        ValueError: as for `pair_sum`.
+
+    >>> products = lambda rows, columns: rows.features @ columns.features.T
+    >>> of_rows, of_columns = pair_log_sums(
+    ...     products, Side(jnp.zeros((4, 3))), Side(jnp.zeros((2, 3)))
+    ... )
+    >>> of_rows.tolist(), of_columns.tolist()
+    ([0.6931, 0.6931, 0.6931, 0.6931], [1.3863, 1.3863])
+    """
+    _check_chunk(columns, chunk)
+    if axis_name is None:
+        first, second = _no_sums(logits, rows, columns, None)
+        return _logs(*_tiles_log_sums(logits, rows, columns, first, second, chunk))
+    axis_size(axis_name)
+    rows, columns = varying((rows, columns), axis_name)
+    return _ring_log_sums(logits, axis_name, chunk, rows, columns)
+
+
+def bounded(logits: jax.Array) -> jax.Array:
+    """Logits between -1e30 and 1e30; those of overflown products get no gradient.
+
+    Args:
+        logits: of any shape.
+
+    Returns:
+        The same, 0 in the place of NaN.
+
+    >>> bounded(jnp.array([1.0, jnp.inf, jnp.nan])).tolist()
+    [1.0, 1e+30, 0.0]
+    """
+    return jnp.where(jnp.isnan(logits), 0.0, jnp.clip(logits, -1e30, 1e30))
+
+
+def masked_rows(x: Any, where: Any | None) -> jax.Array:
+    """Features in float32, rows that do not count 0: those may have held NaN.
+
+    Args:
+        x: `[b, ...]` of any float dtype.
+        where: `[b]`, True for the rows that count; None where all do.
+
+    Returns:
+        The same shape, float32, or float64 where `x` came as float64.
+
+    >>> masked_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
+    x = as_float32(x)
+    if where is None:
+        return x
+    mask = jnp.asarray(where).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(mask, x, 0.0)
+
+
+def _check_chunk(columns: Side, chunk: int | None) -> None:
+    count = jax.tree.leaves(columns.features)[0].shape[0]
+    if chunk is not None and (chunk < 1 or count % chunk):
+        raise ValueError(
+            f"argument 'chunk' is {chunk}, expected a divisor of {count}, the columns "
+            "that one device has."
+        )
+
+
+def _over_tiles(step: Any, carry: Any, columns: Any, chunk: int | None) -> Any:
+    """`lax.scan` of a step over chunks of the columns; its outputs in one piece."""
+    if chunk is None:
+        return step(carry, columns)
+    tiles = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), columns)
+    carry, out = lax.scan(jax.checkpoint(step), carry, tiles)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+
+def _tiles_sum(
+    block: Block, rows: Side, columns: Side, axis_name: AxisName, chunk: int | None
+) -> jax.Array:
+    if chunk is None:
+        return block(rows, columns)
+    dtype = jax.eval_shape(block, rows, columns).dtype
+
+    def add(total: jax.Array, tile: Side) -> Any:
+        return total + block(rows, tile), None
+
+    zero = varying(jnp.zeros((), dtype), axis_name)
+    return _over_tiles(add, zero, columns, chunk)[0]
+
+
+def _round(hop: Any, carry: Any, traveller: Any, axis_name: AxisName) -> Any:
+    """Visits every device: `hop(carry, traveller)` returns both anew."""
+
+    def visit(state: Any, _: None) -> Any:
+        carry, traveller = hop(*state)
+        return (carry, shift(traveller, axis_name)), None
+
+    state, _ = lax.scan(visit, (carry, traveller), length=axis_size(axis_name))
+    return state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring_sum(
+    block: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
+) -> jax.Array:
+    def hop(total: jax.Array, columns: Side) -> Any:
+        total += _tiles_sum(block, rows, columns, axis_name, chunk)
+        return total, columns
+
+    zero = jnp.zeros((), jax.eval_shape(block, rows, columns).dtype)
+    return _round(hop, varying(zero, axis_name), columns, axis_name)[0]
+
+
+def _ring_sum_forward(
+    block: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
+) -> Any:
+    return _ring_sum(block, axis_name, chunk, rows, columns), (rows, columns)
+
+
+def _ring_sum_backward(
+    block: Block, axis_name: AxisName, chunk: int | None, saved: Any, weight: jax.Array
+) -> Any:
+    rows, columns = saved
+    return _ring_gradient(block, axis_name, chunk, rows, columns, weight)
+
+
+_ring_sum.defvjp(_ring_sum_forward, _ring_sum_backward)
+
+
+def _ring_gradient(
+    block: Block,
+    axis_name: AxisName,
+    chunk: int | None,
+    rows: Side,
+    columns: Side,
+    weight: jax.Array,
+) -> tuple[Side, Side]:
+    """The gradients of the sum over devices of weight * `_ring_sum`.
+
+    Each device adds, to the gradient that a block brings along, what its own rows do to
+    it by its own weight: the exact transpose, also where the weights differ.
+    """
+
+    def tile(to_rows: Any, visited: tuple[Side, Any]) -> Any:
+        columns, to_columns = visited
+
+        def of_features(first: Any, second: Any) -> jax.Array:
+            return block(Side(first, rows.tags), Side(second, columns.tags))
+
+        _, pull = jax.vjp(of_features, rows.features, columns.features)
+        first, second = pull(weight)
+        return jax.tree.map(jnp.add, (to_rows, to_columns), (first, second))
+
+    def hop(to_rows: Any, traveller: tuple[Side, Any]) -> Any:
+        to_rows, to_columns = _over_tiles(tile, to_rows, traveller, chunk)
+        return to_rows, (traveller[0], to_columns)
+
+    zeros = jax.tree.map(jnp.zeros_like, (rows.features, columns.features))
+    to_rows, to_columns = varying(zeros, axis_name)
+    to_rows, home = _round(hop, to_rows, (columns, to_columns), axis_name)
+    return Side(to_rows, None), Side(home[1], None)
+
+
+# log sum exp, online: a pair (largest logit so far, sum of exponentials below it).
+
+
+def _no_sums(logits: Block, rows: Side, columns: Side, axis_name: AxisName) -> Any:
+    tile = jax.eval_shape(logits, rows, columns)
+
+    def empty(count: int) -> tuple[jax.Array, jax.Array]:
+        lowest = jnp.finfo(tile.dtype).min / 2
+        return jnp.full(count, lowest, tile.dtype), jnp.zeros(count, tile.dtype)
+
+    return varying((empty(tile.shape[0]), empty(tile.shape[1])), axis_name)
+
+
+def _add(state: tuple[jax.Array, jax.Array], tile: jax.Array, axis: int) -> Any:
+    top, total = state
+    largest = lax.stop_gradient(jnp.maximum(top, jnp.max(tile, axis=axis)))
+    below = jnp.exp(tile - jnp.expand_dims(largest, axis))
+    return largest, total * jnp.exp(top - largest) + jnp.sum(below, axis=axis)
+
+
+def _tiles_log_sums(
+    logits: Block,
+    rows: Side,
+    columns: Side,
+    of_rows: Any,
+    of_columns: Any,
+    chunk: int | None,
+) -> Any:
+    def step(of_rows: Any, visited: Any) -> Any:
+        columns, of_columns = visited
+        tile = logits(rows, columns)
+        return _add(of_rows, tile, 1), _add(of_columns, tile, 0)
+
+    return _over_tiles(step, of_rows, (columns, of_columns), chunk)
+
+
+def _logs(*states: tuple[jax.Array, jax.Array]) -> Any:
+    return tuple(top + jnp.log(total) for top, total in states)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring_log_sums(
+    logits: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
+) -> Any:
+    def hop(of_rows: Any, traveller: Any) -> Any:
+        columns, of_columns = traveller
+        states = (of_rows, of_columns)
+        of_rows, of_columns = _tiles_log_sums(logits, rows, columns, *states, chunk)
+        return of_rows, (columns, of_columns)
+
+    of_rows, of_columns = _no_sums(logits, rows, columns, axis_name)
+    of_rows, home = _round(hop, of_rows, (columns, of_columns), axis_name)
+    return _logs(of_rows, home[1])
+
+
+def _ring_log_sums_forward(
+    logits: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
+) -> Any:
+    sums = _ring_log_sums(logits, axis_name, chunk, rows, columns)
+    return sums, (rows, columns, sums)
+
+
+def _ring_log_sums_backward(
+    logits: Block, axis_name: AxisName, chunk: int | None, saved: Any, weights: Any
+) -> Any:
+    rows, columns, sums = saved
+    # d log-sum / d logit is a softmax: held fixed, it makes the gradient that of a sum
+    # over pairs, which goes round the same ring.
+    rows = Side(rows.features, (rows.tags, sums[0], weights[0]))
+    columns = Side(columns.features, (columns.tags, sums[1], weights[1]))
+    one = varying(jnp.ones((), sums[0].dtype), axis_name)
+    block = functools.partial(_softmax_weighted, logits)
+    return _ring_gradient(block, axis_name, chunk, rows, columns, one)
+
+
+def _softmax_weighted(logits: Block, rows: Side, columns: Side) -> jax.Array:
+    row_tags, row_sums, row_weights = rows.tags
+    column_tags, column_sums, column_weights = columns.tags
+    tile = logits(Side(rows.features, row_tags), Side(columns.features, column_tags))
+    of_rows = row_weights[:, None] * jnp.exp(tile - row_sums[:, None])
+    of_columns = column_weights[None] * jnp.exp(tile - column_sums[None])
+    return jnp.sum(tile * lax.stop_gradient(of_rows + of_columns))
+
+
+_ring_log_sums.defvjp(_ring_log_sums_forward, _ring_log_sums_backward)

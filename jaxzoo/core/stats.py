@@ -11,35 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Real
 
-from jaxzoo.core.typed import ArrayLike, check_axis, check_trailing, typed
+from jaxzoo.core.typed import ArrayLike, as_float32, check_axis, check_trailing, typed
 
 __all__ = [
-    "as_float32",
     "bernoulli_log_prob",
     "log_mean_exp",
     "mean_where",
     "normal_kl",
     "normal_log_prob",
 ]
-
-
-@typed
-def as_float32(
-    x: Real[ArrayLike, "..."] | Bool[ArrayLike, "..."] | float,
-) -> Float[Array, "..."]:
-    """`x` in the dtype that densities and losses are computed in.
-
-    Args:
-        x: numbers of any real dtype.
-
-    Returns:
-        float32, or float64 where `x` came as float64.
-
-    >>> as_float32(jnp.ones(2, jnp.bfloat16)).dtype
-    dtype('float32')
-    """
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @typed
@@ -255,5 +235,4 @@ EXAMPLES = {
         (jax.random.normal(key, (8,)),),
         {"where": jnp.arange(8) < 6},
     ),
-    as_float32: lambda key: ((jax.random.normal(key, (8,)),), {}),
 }

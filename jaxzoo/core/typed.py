@@ -14,12 +14,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from beartype import beartype
 from jax.core import Tracer
 from jaxtyping import TypeCheckError, jaxtyped
 
-__all__ = ["ArrayLike", "check_axis", "check_range", "check_trailing", "typed"]
+__all__ = [
+    "ArrayLike",
+    "as_float32",
+    "check_axis",
+    "check_range",
+    "check_trailing",
+    "typed",
+]
 
 ArrayLike = jax.Array | np.ndarray
 
@@ -70,6 +78,22 @@ def typed(function: F) -> F:
     return typing.cast(F, wrapper)
 
 
+def as_float32(x: ArrayLike | float) -> jax.Array:
+    """`x` in the dtype that densities and losses are computed in.
+
+    Args:
+        x: numbers of any real dtype.
+
+    Returns:
+        float32, or float64 where `x` came as float64.
+
+    >>> as_float32(jnp.ones(2, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def check_range(
     argument: str,
     value: Any,
@@ -87,7 +111,11 @@ def check_range(
         ...
     ValueError: argument 'beta' is -1.0, expected a number >= 0.
     """
-    if isinstance(value, Tracer) or low <= value <= high:
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, jax.Array):
+        value = np.asarray(value)  # under jit a comparison of jax's would be traced
+    if low <= value <= high:
         return
     limits = [f">= {low:g}"] if low > -float("inf") else []
     limits += [f"<= {high:g}"] if high < float("inf") else []

@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxzoo.core.stats import as_float32
-from jaxzoo.core.typed import ArrayLike, check_range, typed
+from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 __all__ = [
     "Augmentation",

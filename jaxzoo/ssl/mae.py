@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxzoo.core.collectives import AxisName, psum
-from jaxzoo.core.typed import ArrayLike, check_range, typed
+from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 PAPER = {
     "slug": "mae",
@@ -136,8 +136,8 @@ def unshuffle(
             f"argument 'visible' has {keep} tokens, expected at most those of "
             f"'ids_restore', {ids_restore.shape[1]}."
         )
-    filling = jnp.broadcast_to(_float32(mask_token), (batch, hidden, width))
-    shuffled = jnp.concatenate([_float32(visible), filling], axis=1)
+    filling = jnp.broadcast_to(as_float32(mask_token), (batch, hidden, width))
+    shuffled = jnp.concatenate([as_float32(visible), filling], axis=1)
     return jnp.take_along_axis(shuffled, ids_restore[:, :, None], axis=1)
 
 
@@ -189,7 +189,7 @@ def mae_loss(
             "argument 'patches' has patches of 1 number, whose variance is undefined: "
             "expected 2 or more, or normalize=False."
         )
-    prediction, target = _float32(prediction), _float32(patches)
+    prediction, target = as_float32(prediction), as_float32(patches)
     hidden = jnp.asarray(mask)
     if where is not None:
         hidden = hidden & jnp.asarray(where)[:, None]
@@ -246,10 +246,6 @@ class MAEDecoder(nn.Module):
         x, _ = self.body(jnp.concatenate([first, x], axis=1))
         x = nn.Dense(self.pixels, name="predict", **dense)(x)
         return x[:, int(self.cls_token) :].astype(jnp.float32)
-
-
-def _float32(x: ArrayLike) -> Array:
-    return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _standardize(patches: Array, eps: float) -> Array:

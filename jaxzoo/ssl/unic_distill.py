@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxzoo.core.collectives import AxisName, axis_index, axis_size, psum
-from jaxzoo.core.typed import ArrayLike, check_range, typed
+from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 PAPER = {
     "slug": "unic_distill",
@@ -77,7 +77,7 @@ class FeatureStats(NamedTuple):
 
     def standardize(self, features: Float[ArrayLike, "... d"]) -> Float[Array, "... d"]:
         """(features - mean) / (std + 1e-6), float32, without a gradient."""
-        x = _float32(features)
+        x = as_float32(features)
         shape = (1,) * (x.ndim - 1) + (-1,)
         scaled = (x - self.mean.reshape(shape)) / (self.std.reshape(shape) + 1e-6)
         return jax.lax.stop_gradient(scaled)
@@ -112,7 +112,7 @@ class FeatureStats(NamedTuple):
                 f"argument 'features' has shape {jnp.shape(features)}, expected a last "
                 f"axis of {len(self.mean)}, that of the statistics."
             )
-        x = jax.lax.stop_gradient(_float32(features))
+        x = jax.lax.stop_gradient(as_float32(features))
         x = x.reshape(len(x), -1, x.shape[-1])
         if x.shape[0] * x.shape[1] * axis_size(axis_name) < 2:
             raise ValueError(
@@ -164,7 +164,7 @@ def token_loss(
     check_range("cosine", cosine, low=0)
     check_range("smooth_l1", smooth_l1, low=0)
     check_range("beta", beta, low=1e-6)
-    s, y = _float32(student), _float32(target)
+    s, y = as_float32(student), as_float32(target)
     error = jnp.abs(s - y)
     small = jnp.minimum(
         error, beta
@@ -248,7 +248,7 @@ def unic_loss(
     check_range("drop", drop, low=0, high=1)
     if key is None and not (isinstance(drop, int | float) and drop == 0):
         raise ValueError(f"argument 'key' is None, expected a key as 'drop' is {drop}.")
-    losses = _float32(losses)
+    losses = as_float32(losses)
     keep = jnp.ones(losses.shape, bool)
     counts = keep[:, 0] if where is None else jnp.asarray(where)
     losses = jnp.where(counts[:, None], losses, 0.0)
@@ -325,10 +325,6 @@ class LadderOfProjectors(nn.Module):
             y = jnp.einsum("l...h,lhw->...w", y, down[i]).astype(jnp.float32)
             sums.append(y + down_bias[i].reshape((1,) * (y.ndim - 1) + (width,)))
         return sums
-
-
-def _float32(x: ArrayLike) -> Array:
-    return jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _unit(x: Array) -> Array:

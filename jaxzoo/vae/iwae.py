@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxzoo.core.stats import as_float32, log_mean_exp, mean_where
-from jaxzoo.core.typed import ArrayLike, check_axis, check_range, typed
+from jaxzoo.core.stats import log_mean_exp, mean_where
+from jaxzoo.core.typed import ArrayLike, as_float32, check_axis, check_range, typed
 
 PAPER = {
     "slug": "iwae",

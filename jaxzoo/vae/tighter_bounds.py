@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxzoo.core.stats import as_float32, log_mean_exp
-from jaxzoo.core.typed import ArrayLike, check_axis, check_range, typed
+from jaxzoo.core.stats import log_mean_exp
+from jaxzoo.core.typed import ArrayLike, as_float32, check_axis, check_range, typed
 
 PAPER = {
     "slug": "tighter_bounds",

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxzoo.core.stats import as_float32, mean_where, normal_kl
-from jaxzoo.core.typed import ArrayLike, check_range, typed
+from jaxzoo.core.stats import mean_where, normal_kl
+from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 PAPER = {
     "slug": "vae",

@@ -79,6 +79,9 @@ def test_ranges_axes_and_shapes():
             check_range("beta", value, low=0, high=1)
     check_range("beta", 1, low=0, high=1)
     jax.jit(lambda b: check_range("beta", b, low=0))(-1.0)  # cannot be looked at
+    fixed = jnp.float32(-1.0)  # can, also while something else is traced
+    with pytest.raises(ValueError, match="argument 'beta' is -1.0"):
+        jax.jit(lambda x: check_range("beta", fixed, low=0) or x)(1.0)
     with pytest.raises(ValueError, match="argument 'axis' is 2"):
         check_axis("axis", 2, 2)
     assert check_axis("axis", -2, 2) == 0

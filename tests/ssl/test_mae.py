@@ -63,8 +63,9 @@ def test_visible_patches_have_no_part_and_the_variance_has_n_minus_1():
 
 
 def test_normalised_targets_do_not_see_contrast_and_brightness():
-    scale = RNG.uniform(0.5, 2.0, size=(4, 9, 1)).astype(np.float32)
-    shift = RNG.normal(size=(4, 9, 1)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    scale = rng.uniform(0.5, 2.0, size=(4, 9, 1)).astype(np.float32)
+    shift = rng.normal(size=(4, 9, 1)).astype(np.float32)
     other = PATCHES * scale + shift
     expected, _ = mae_loss(PREDICTION, PATCHES, MASK)
     assert_allclose(mae_loss(PREDICTION, other, MASK)[0], expected, rtol=1e-4)
