@@ -4,7 +4,11 @@ Claims: on 3x3-digit multiplication a small transformer that is trained with Seq
 a matrix entropy, at the layer where it is least, that is 20% higher or more than
 without, and its answers are no less accurate.
 
-    python -m experiments.lm.seq_vcr full    # 3 seeds
+    python -m experiments.lm.seq_vcr full    # 3 seeds: 3 minutes on 2 cores
+
+Expected: the first claim does not hold. Entropy is higher with Seq-VCR in the first two
+of four layers, and 7 % lower at the last, where it is least; it was so too with the
+regulariser on the second layer in place of the third.
 
 A line is "abc*def=", two pause tokens, and the six digits of the product. Accuracy is
 that of each digit after the right ones, and of whole answers.
@@ -41,6 +45,7 @@ class Config:
     layers: int = 4
     width: int = 48
     heads: int = 3
+    regularised_layer: int = 3  # of 4: the last but one
     projection: int = 96  # features that the regulariser sees
     pauses: int = 2
     seeds: int = 3
@@ -50,16 +55,16 @@ class Config:
     held_out: int = 500
 
     def __post_init__(self):
-        if self.seeds < 2 or self.layers < 2 or self.width % self.heads:
-            raise ValueError(
-                "seeds >= 2, layers >= 2, width divisible by heads, please"
-            )
+        if self.seeds < 2 or self.width % self.heads:
+            raise ValueError("seeds >= 2, width divisible by heads, please")
+        if not 1 <= self.regularised_layer <= self.layers:
+            raise ValueError("regularised-layer from 1 to layers, please")
 
 
 PRESETS = {
     "smoke": Config(
-        layers=2, width=16, heads=2, projection=16, seeds=2, steps=20, batch_size=16,
-        held_out=32,
+        layers=2, width=16, heads=2, regularised_layer=1, projection=16, seeds=2,
+        steps=20, batch_size=16, held_out=32,
     ),
     "full": Config(),
 }  # fmt: skip
@@ -83,8 +88,8 @@ class Transformer(nn.Module):
             y = nn.Dense(4 * config.width)(nn.LayerNorm()(x))
             x = x + nn.Dense(config.width)(nn.gelu(y))
             states.append(x)
-        # The layer in the middle, on the way to the regulariser.
-        projected = nn.Dense(config.projection)(states[config.layers // 2 - 1])
+        seen = states[config.regularised_layer - 1]
+        projected = nn.Dense(config.projection)(seen)
         return nn.Dense(TOKENS)(nn.LayerNorm()(x)), jnp.stack(states), projected
 
 

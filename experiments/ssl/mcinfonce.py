@@ -5,7 +5,11 @@ concentrations have a rank correlation of 0.8 or more; predicted means are the t
 latents up to a rotation, with R^2 of 0.9 or more; the norm of InfoNCE's embeddings has
 a lower rank correlation.
 
-    python -m experiments.ssl.mcinfonce full    # 3 seeds
+    python -m experiments.ssl.mcinfonce full    # 3 seeds: 2 minutes on 2 cores
+
+Expected: a rank correlation of 0.90, an R^2 of 0.93, and a norm that ranks the wrong
+way. The credible regions are too small: against 16 negatives concentrations come out
+more than twice too large, and a region of 95 % holds 35 % of the true latents.
 
 The process: mean directions m are uniform on the sphere, kappa is a smooth function of
 m in a range given below, x is an invertible network of m, and the latent is drawn from
@@ -53,6 +57,7 @@ class Config:
     steps: int = 2500  # of each of two phases, and of InfoNCE
     batch_size: int = 128
     samples: int = 16  # posterior samples in the loss
+    negatives: int = 16  # of a row while concentrations are trained
     hidden: int = 128
     learning_rate: float = 2e-3
     held_out: int = 2000
@@ -60,6 +65,8 @@ class Config:
     def __post_init__(self):
         if self.seeds < 2 or self.dimension < 2 or self.pairs % 1024:
             raise ValueError("seeds >= 2, dimension >= 2, pairs in 1024s, please")
+        if not 1 <= self.negatives < self.batch_size:
+            raise ValueError("negatives from 1 to batch-size - 1, please")
 
 
 PRESETS = {
@@ -156,8 +163,10 @@ def posterior(nets, params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def loss(config: Config, phase: Phase, nets, params, key: jax.Array, x: jax.Array):
     """The training loss on a batch of pairs `[B, 2, d]`.
 
-    First the means are trained and then the concentrations, as the authors do: both at
-    once can end in a cap of the sphere, where sharper posteriors make up for nearness.
+    First the means are trained against one negative each, the positive of the row
+    before, and then the concentrations against several, as the authors do. With many
+    negatives of one batch the means end in a cap of the sphere: where the mean of
+    exp(c cosine) is estimated by few of its draws, being near to all looks cheap.
     """
     mean, kappa = posterior(nets, params, x)
     if phase == "info_nce":  # of points, one "sample" each: `convention` makes it so
@@ -171,7 +180,12 @@ def loss(config: Config, phase: Phase, nets, params, key: jax.Array, x: jax.Arra
         else:
             mean = lax.stop_gradient(mean)
         z = sample_vmf(key, mean, kappa, num_samples=config.samples)
-        value, aux = mcinfonce(z[:, 0], z[:, 1], concentration=config.positive_kappa)
+        count = 1 if phase == "mcinfonce_mean" else config.negatives
+        rolled = [jnp.roll(z[:, 1], i + 1, axis=0) for i in range(count)]
+        value, aux = mcinfonce(
+            z[:, 0], z[:, 1], jnp.stack(rolled, axis=1),
+            concentration=config.positive_kappa,
+        )  # fmt: skip
     return value, {"loss": value, "cosine": jnp.mean(aux["positive_cosine"])}
 
 
@@ -282,7 +296,8 @@ def pictures(config: Config, run: Run, results) -> list[Any]:
         ylabel="predicted concentration (1)",
     )  # fmt: skip
     left.plot(true_kappa, true_kappa, color="0.5", ls=":", lw=1, label="equal")
-    left.set(xscale="log", yscale="log")
+    left.set(xscale="log", yscale="log", xticks=(10, 20, 40), xticklabels=(10, 20, 40))
+    left.tick_params(which="minor", labelbottom=False)
     left.legend(frameon=False)
     curves(
         right, {"MCInfoNCE": (LEVELS, ours["coverage"].T)}, points=True,

@@ -50,7 +50,7 @@ ABLATIONS = {"full": {}, "without_variance": {"variance": 0.0}}
 @dataclasses.dataclass(frozen=True)
 class Config:
     seeds: int = 3
-    steps: int = 400  # on Fashion-MNIST
+    steps: int = 1500  # on Fashion-MNIST
     digits_steps: int = 800
     batch_size: int = 256
     learning_rate: float = 2e-3

@@ -30,7 +30,7 @@ PAPER = {
     "where": "Section 3 (matrix-based entropy, the regulariser, pause tokens).",
     "differs": "No released code could be read: this is the paper's text. The gradient "
     "of a standard deviation is taken with eta inside the root, as in the text. The "
-    "experiment trains a transformer of 3 layers from scratch on 3x3-digit products, "
+    "experiment trains a transformer of 4 layers from scratch on 3x3-digit products, "
     "not GPT-2 Small on 4x4 and 5x5.",
 }
 
