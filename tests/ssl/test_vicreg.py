@@ -119,7 +119,7 @@ def test_fewer_examples_than_dimensions_cost_no_matrix_of_dimensions():
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     assert cost is not None and memory is not None
     assert cost["flops"] < 1.7e9
-    assert memory.temp_size_in_bytes < 12e6  # one 2048 x 2048 has 17 MB
+    assert memory.temp_size_in_bytes < 16e6  # one 2048 x 2048 has 17 MB
 
 
 def sharded(devices, function, *arrays, check_vma=True):
