@@ -6,7 +6,11 @@ linear probe on the full loss's encoder beats one on a random encoder by 5 point
 more; on Fashion-MNIST linear and nearest-neighbour probes beat those on a random
 encoder and on pixels.
 
-    python -m experiments.ssl.vicreg full    # 3 seeds: minutes on 2 cores
+    python -m experiments.ssl.vicreg full    # 3 seeds: 5 minutes on 2 cores
+
+Expected: on Fashion-MNIST a linear probe 3.5 points above a random encoder and 1.7
+above pixels; nearest neighbours 1.7 points above a random encoder and 0.8 behind
+pixels, where the claim does not hold (after a quarter of the steps 3.4 behind).
 
 The loss is one of the whole batch: with `--reproducible` it is that of each of the
 eight virtual shards, which is another objective.
