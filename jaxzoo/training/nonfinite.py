@@ -137,15 +137,23 @@ def guarded(step: Step, policy: Policy, injection: Injection | None = None) -> A
             kept["step"] = new["step"]  # the next step has its own key and batch
         return kept, (metrics, fine)
 
+    def looking(carry: Any, inputs: Any) -> Any:
+        # Metrics are looked at here, so that their sum over devices is made here too.
+        # After the loop it could meet other exchanges in another order on each host.
+        state, fine = carry
+        state, metrics = one(state, inputs)
+        return (state, fine & _all_finite(metrics)), metrics
+
     def steps(state: Any, bad: jax.Array, batches: Any, first: jax.Array) -> Any:
-        numbers = first + jnp.arange(len(jax.tree.leaves(batches)[0]))
+        inputs = batches, first + jnp.arange(len(jax.tree.leaves(batches)[0]))
         if policy == "skip":
-            state, (metrics, fine) = jax.lax.scan(skipping, state, (batches, numbers))
+            state, (metrics, fine) = jax.lax.scan(skipping, state, inputs)
             return state, bad, metrics, fine
-        after, metrics = jax.lax.scan(one, state, (batches, numbers))
-        bad = jnp.where((bad != FINE) | _all_finite((after, metrics)), bad, first)
+        carry, metrics = jax.lax.scan(looking, (state, bad == FINE), inputs)
+        after, fine = carry
+        bad = jnp.where((bad != FINE) | (fine & _all_finite(after)), bad, first)
         state = _either(bad == FINE, after, state)
-        return state, bad, metrics, jnp.ones(len(numbers), bool)
+        return state, bad, metrics, jnp.ones(len(inputs[1]), bool)
 
     return steps
 
@@ -159,13 +167,8 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _all_finite(tree: Any) -> jax.Array:
-    # A maximum passes NaN and infinity on; on a CPU the "and" of flags is slower.
-    largest = [
-        jnp.abs(leaf).max(initial=0)
-        for leaf in jax.tree.leaves(tree)
-        if _is_float(leaf)
-    ]
-    return jnp.stack([jnp.bool_(True), *map(jnp.isfinite, largest)]).all()
+    floats = [leaf for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    return jnp.stack([jnp.bool_(True), *(jnp.isfinite(x).all() for x in floats)]).all()
 
 
 class Diagnosis(NamedTuple):
