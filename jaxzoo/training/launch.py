@@ -86,9 +86,10 @@ def initialize() -> None:
         heartbeat=heartbeat,
         timeout=timeout,
     )
-    port = place.jax_port or _free_port()
-    port = _line.exchange("start", port, timeout)[0]
-    _connect_jax(place, port, timeout, heartbeat)
+    with _reserved_port() as reserved:
+        port = place.jax_port or reserved.getsockname()[1]
+        port = _line.exchange("start", port, timeout)[0]
+        _connect_jax(place, port, timeout, heartbeat)
     atexit.register(_leave)
 
 
@@ -287,9 +288,18 @@ def _number(name: str, default: float | None) -> float:
     return number
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
+def _reserved_port() -> socket.socket:
+    """Binds a free port that nobody but jax's service gets while this is open.
+
+    jax wants a number. Between a look for a free one and its bind another program may
+    be given it, and a service that cannot bind ends the process by a signal. gRPC binds
+    with SO_REUSEPORT, as this does; a socket that does not listen takes no connection.
+    """
+    reserved = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if hasattr(socket, "SO_REUSEPORT"):  # not on Windows
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("", 0))
+    return reserved
 
 
 def _digest(files: list[Path]) -> str:

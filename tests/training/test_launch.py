@@ -4,8 +4,10 @@ Rows P1 to P3, P5, R3 and R4 of the reliability matrix.
 `python -m tests.training.processes` kills at length.
 """
 
+import contextlib
 import importlib.util
 import os
+import random
 import re
 import signal
 import socket
@@ -274,8 +276,22 @@ def test_with_one_launcher_per_host_each_says_it_once(pair, tmp_path):
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port that the kernel gives to nobody by itself, until its test binds it."""
+    for port in random.sample(range(20000, 32000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
+
+
+def test_the_port_for_jax_is_kept_from_others_until_its_service_has_it():
+    with launch._reserved_port() as reserved:
+        port = reserved.getsockname()[1]
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("", port))
+        with pytest.raises(OSError, match="in use"), socket.socket() as other:
+            other.bind(("127.0.0.1", port))
+        with socket.create_server(("", port), reuse_port=True):  # as gRPC does
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
 
 
 # Processes without jax: what the launcher does with their ends.
