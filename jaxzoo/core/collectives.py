@@ -33,7 +33,6 @@ __all__ = [
     "all_gather",
     "axis_index",
     "axis_size",
-    "bounded",
     "masked_rows",
     "pair_log_sums",
     "pair_sum",
@@ -200,21 +199,6 @@ def pair_log_sums(
     axis_size(axis_name)
     rows, columns = varying((rows, columns), axis_name)
     return _ring_log_sums(logits, axis_name, chunk, rows, columns)
-
-
-def bounded(logits: jax.Array) -> jax.Array:
-    """Logits between -1e30 and 1e30; those of overflown products get no gradient.
-
-    Args:
-        logits: of any shape.
-
-    Returns:
-        The same, 0 in the place of NaN.
-
-    >>> bounded(jnp.array([1.0, jnp.inf, jnp.nan])).tolist()
-    [1.0, 1e+30, 0.0]
-    """
-    return jnp.where(jnp.isnan(logits), 0.0, jnp.clip(logits, -1e30, 1e30))
 
 
 def masked_rows(x: Any, where: Any | None) -> jax.Array:

@@ -23,7 +23,6 @@ from jaxzoo.core.collectives import (
     AxisName,
     Side,
     axis_index,
-    bounded,
     masked_rows,
     pair_log_sums,
     psum,
@@ -90,8 +89,7 @@ def info_nce(
         where: True for the pairs that count.
         axis_name: the axis of `jax.shard_map` or `jax.pmap` over which the batch is
             split; None where it is whole.
-        chunk: columns per tile of logits, a divisor of a device's rows (of twice as
-            many for "both_views"); None takes all.
+        chunk: columns per tile of logits, a divisor of a device's rows; None takes all.
 
     Returns:
         `(loss, aux)` in nats, float32. `aux["per_example"]` is each pair's part,
@@ -112,11 +110,13 @@ def info_nce(
         check_range("chunk", chunk, low=1)
     za, zb = (masked_rows(x, where) for x in (za, zb))
     mask = jnp.ones(len(za), bool) if where is None else jnp.asarray(where)
-    scale = varying(_scale(log_scale, za), axis_name)
-    own = bounded(jnp.sum(za * zb, axis=-1) * scale)
+    root = varying(jnp.sqrt(_scale(log_scale, za)), axis_name)
+    # So that no product overflows; a bound on all logits would cost as much as one.
+    za, zb = (jnp.clip(z * root, -1e13, 1e13) for z in (za, zb))
+    own = jnp.sum(za * zb, axis=-1)
     both = negatives == "both_views"
     sums = _both_views if both else _other_view
-    log_sums = sums(za, zb, scale, where, axis_name, chunk)
+    log_sums = sums(za, zb, where, axis_name, chunk)
 
     per_example = jnp.where(mask, 0.5 * (log_sums[0] + log_sums[1]) - own, 0.0)
     count = jnp.sum(mask).astype(za.dtype)
@@ -366,34 +366,59 @@ def _scale(log_scale: Any, like: Array) -> Array:
 
 
 def _logits(rows: Side, columns: Side) -> Array:
-    z, scales = rows.features
-    logits = bounded(z @ columns.features.T * scales[:, None])
-    if "where" in columns.tags:
-        both = rows.tags["where"][:, None] & columns.tags["where"][None]
+    return _without(rows.features @ columns.features.T, rows.tags, columns.tags)
+
+
+def _gram_logits(rows: Side, columns: Side) -> Array:
+    """`_logits` where the columns are the rows: one product fewer in the gradient."""
+    return _without(_gram(rows.features), rows.tags, columns.tags)
+
+
+def _without(logits: Array, rows: dict, columns: dict) -> Array:
+    """The logits of pairs that do not count put out of the way."""
+    if "where" in columns:
+        both = rows["where"][:, None] & columns["where"][None]
         logits = jnp.where(both, logits, -1e30)
-    if "view" in rows.tags:  # no view is told from itself
-        own = rows.tags["view"][:, None] == columns.tags["view"][None]
+    if "view" in rows:  # no view is told from itself
+        own = rows["view"][:, None] == columns["view"][None]
         logits = jnp.where(own, -1e30, logits)
     return logits
 
 
-def _other_view(za, zb, scale, where, axis_name, chunk) -> tuple[Array, Array]:
+def _other_view(za, zb, where, axis_name, chunk) -> tuple[Array, Array]:
     tags = {} if where is None else {"where": jnp.asarray(where)}
-    rows = Side((za, jnp.broadcast_to(scale, za.shape[:1])), tags)
     knobs = {"axis_name": axis_name, "chunk": chunk}
-    return pair_log_sums(_logits, rows, Side(zb, tags), **knobs)
+    return pair_log_sums(_logits, Side(za, tags), Side(zb, tags), **knobs)
 
 
-def _both_views(za, zb, scale, where, axis_name, chunk) -> tuple[Array, Array]:
-    z, count = jnp.concatenate([za, zb]), len(za)
-    views = axis_index(axis_name) * 2 * count + jnp.arange(2 * count)
+def _both_views(za, zb, where, axis_name, chunk) -> tuple[Array, Array]:
+    # Of the four blocks of pairs that of (b, a) is that of (a, b), read by columns.
+    of_a, of_b = _other_view(za, zb, where, axis_name, chunk)
+    own_a, own_b = (_own_view(z, where, axis_name, chunk) for z in (za, zb))
+    return jnp.logaddexp(of_a, own_a), jnp.logaddexp(of_b, own_b)
+
+
+def _own_view(z, where, axis_name, chunk) -> Array:
+    views = axis_index(axis_name) * len(z) + jnp.arange(len(z))
     tags = {"view": varying(views, axis_name)}
     if where is not None:
-        tags["where"] = jnp.concatenate([where, where])
-    rows = Side((z, jnp.broadcast_to(scale, z.shape[:1])), tags)
+        tags["where"] = jnp.asarray(where)
+    whole = axis_name is None and chunk is None
+    logits = _gram_logits if whole else _logits
     knobs = {"axis_name": axis_name, "chunk": chunk}
-    log_sums, _ = pair_log_sums(_logits, rows, Side(z, tags), **knobs)
-    return log_sums[:count], log_sums[count:]
+    return pair_log_sums(logits, Side(z, tags), Side(z, tags), **knobs)[0]
+
+
+@jax.custom_jvp
+def _gram(z: Array) -> Array:
+    return z @ z.T
+
+
+@_gram.defjvp
+def _gram_jvp(primals: Any, tangents: Any) -> Any:
+    (z,), (dz,) = primals, tangents
+    half = dz @ z.T  # transposed, (g + g.T) @ z: one product, where z @ z.T gives two
+    return _gram(z), half + half.T
 
 
 def _normalised(joint: ArrayLike) -> Array:
@@ -465,7 +490,7 @@ def _pair_example(key: Array):
 
 def _info_nce_example(key: Array):
     args, kwargs = _pair_example(key)
-    return args, {**kwargs, "negatives": "both_views", "chunk": 4}
+    return args, {**kwargs, "negatives": "both_views", "chunk": 2}
 
 
 def _joint_example(key: Array):

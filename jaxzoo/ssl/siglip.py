@@ -25,7 +25,6 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxzoo.core.collectives import (
     AxisName,
     Side,
-    bounded,
     masked_rows,
     pair_sum,
     psum,
@@ -109,7 +108,7 @@ def siglip_loss(
         axis_name,
     )
     scale = jnp.exp(jnp.minimum(scale, 40.0))
-    own = bounded(jnp.sum(image * text, axis=-1) * scale) + offset
+    own = _bounded(jnp.sum(image * text, axis=-1) * scale) + offset
     scales, offsets = (jnp.broadcast_to(x, own.shape) for x in (scale, offset))
 
     tags: dict[str, Any] = {} if where is None else {"where": mask}
@@ -132,7 +131,7 @@ def siglip_loss(
 def _pairs(rows: Side, columns: Side) -> Array:
     """The sum of softplus(z) over a tile, less z where `positives` agree."""
     image, scales, offsets = rows.features
-    logits = bounded(image @ columns.features.T * scales[:, None]) + offsets[:, None]
+    logits = _bounded(image @ columns.features.T * scales[:, None]) + offsets[:, None]
     terms = _softplus(logits)
     if "positives" in rows.tags:
         same = rows.tags["positives"][:, None] == columns.tags["positives"][None]
@@ -151,7 +150,22 @@ def _softplus(z: Array) -> Array:
 @_softplus.defjvp
 def _softplus_jvp(primals: Any, tangents: Any) -> Any:
     (z,), (dz,) = primals, tangents
-    return _softplus(z), jax.nn.sigmoid(z) * dz
+    below = jnp.exp(-jnp.abs(z))
+    return _softplus(z), jnp.where(z > 0, 1.0, below) / (1.0 + below) * dz
+
+
+@jax.custom_jvp
+def _bounded(logits: Array) -> Array:
+    """Logits between -1e30 and 1e30; those of overflown products get no gradient."""
+    above = jnp.where(logits > -1e30, logits, -1e30)  # NaN too: inf - inf
+    return jnp.where(above < 1e30, above, 1e30)
+
+
+@_bounded.defjvp
+def _bounded_jvp(primals: Any, tangents: Any) -> Any:
+    # Told from the result, so that the logits before it need not be kept.
+    bounded = _bounded(*primals)
+    return bounded, jnp.where(jnp.abs(bounded) < 1e30, tangents[0], 0.0)
 
 
 def example(key: Array):
