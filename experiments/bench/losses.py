@@ -8,8 +8,10 @@ open_clip's time, of `info_nce` as NT-Xent (1024 x 256) at most 0.40 of lightly'
     pip install -e ".[bench]"
     python -m experiments.bench.losses full    # a minute on 2 quiet cores
 
-Measured: VICReg 0.040, CLIP's softmax 0.63, NT-Xent 0.68 and SigLIP 0.90 of PyTorch's
-time: the last two miss their goals. Of SigLIP's 19.6 ms its three products take 18.
+Measured: VICReg 0.03, NT-Xent 0.32 to 0.37, CLIP's softmax 0.45 to 0.52 and SigLIP 0.85
+to 0.90 of PyTorch's time in four runs; the last misses its goal. The three products of
+SigLIP take 16.6 of its 19 ms here and as long in PyTorch, so that 0.85 is about the
+floor.
 
 All contestants run in one process on the same inputs, in turn; values are compared
 first. A sample counts where other programs used less than `noise` of a core meanwhile;
