@@ -161,8 +161,11 @@ def fit(config: Config, run: Run, name: str, what: Setting, weights: dict) -> An
 
     def loss(params, key, images):
         images = images.astype(jnp.float32) / what.scale
-        first, second = (what.views(k, images) for k in jax.random.split(key))
-        za, zb = (embed(what, params, view) for view in (first, second))
+
+        def branch(key):
+            return embed(what, params, what.views(key, images))
+
+        za, zb = jax.vmap(branch)(jax.random.split(key))
         value, aux = vicreg_loss(za, zb, **weights)
         return value, {"loss": value, **aux}
 
@@ -201,7 +204,7 @@ def untrained(config: Config, what: Setting) -> Any:
         init_key, _ = jax.random.split(jax.random.key(seed))
         return init_params(what, init_key)
 
-    return jax.vmap(one)(jnp.arange(config.seeds))
+    return jax.jit(jax.vmap(one))(jnp.arange(config.seeds))
 
 
 def probes(config: Config, what: Setting, params: Any | None) -> dict[str, np.ndarray]:

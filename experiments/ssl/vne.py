@@ -89,8 +89,11 @@ def encode(config: Config, params: Any, x: jax.Array) -> Any:
 def agree(config: Config, alpha: float, params, key, example):
     """I-VNE+ of two views of a batch."""
     grey = example["image"].astype(jnp.float32) / 16.0
-    views = [pixels(VIEWS(k, grey)) for k in jax.random.split(key)]
-    za, zb = (encode(config, params, view) for view in views)
+
+    def branch(key):
+        return encode(config, params, pixels(VIEWS(key, grey)))
+
+    za, zb = jax.vmap(branch)(jax.random.split(key))
     value, aux = i_vne_plus(za, zb, alpha=alpha)
     return value, {"loss": value, **aux}
 

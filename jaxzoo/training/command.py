@@ -142,6 +142,10 @@ def experiment(
         run.say(f"Going on with the unfinished run in {run.folder}.")
     # Between the loops, which handle it themselves, SIGTERM ends as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, _terminate)
+    # A smoke run computes for a second and would compile for half a minute.
+    brief = asked.preset == "smoke" and jax.default_backend() == "cpu"
+    unoptimized = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", unoptimized or brief)
     try:
         holds = run.finish(main(asked.config, run))
     except Stopped as stopped:
@@ -170,6 +174,7 @@ def experiment(
         os._exit(EXIT_SIGINT)  # at once: Python's own end waits for a save's threads
     finally:
         run.close()
+        jax.config.update("jax_disable_most_optimizations", unoptimized)
         signal.signal(signal.SIGTERM, before)
     sys.exit(0 if holds else EXIT_FAILED)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,15 @@ FILES = sorted(
     for path in REPO.glob("experiments/*/*.py")
     if path.parent.name not in {"bench", "launch", "results"} and path.stem[0] != "_"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief():
+    """As `python -m ... smoke` compiles; nothing compiled so is left to other tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 def test_there_are_experiments():

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jaxzoo.training.record import Run
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = '''"""Tiny: a quadratic is minimised.
@@ -264,6 +267,19 @@ def test_a_save_that_fails_is_a_sentence(here, monkeypatch):
     status, _, err = here("smoke")
     assert status == 2 and err.count("\n") == 1
     assert "cannot save to" in err and "No space left on device" in err
+
+
+def test_a_smoke_run_alone_compiles_in_brief(here, monkeypatch):
+    def brief():
+        return jax.config.read("jax_disable_most_optimizations")
+
+    seen = []
+    finish = Run.finish
+    monkeypatch.setattr(
+        Run, "finish", lambda run, report: seen.append(brief()) or finish(run, report)
+    )
+    assert here("smoke")[0] == 0 and here("full")[0] == 0
+    assert seen == [True, False] and not brief()
 
 
 EIGHT = "--xla_force_host_platform_device_count=8"
