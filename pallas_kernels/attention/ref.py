@@ -32,7 +32,8 @@ def attend(
         logits += extras.bias.astype(dtype)
     if pattern.softcap is not None:
         logits = pattern.softcap * jnp.tanh(logits / pattern.softcap)
-    rows, columns = jnp.arange(length)[:, None], jnp.arange(k.shape[2])[None]
+    rows = jnp.arange(length).reshape(1, 1, 1, -1, 1)
+    columns = jnp.arange(k.shape[2]).reshape(1, 1, 1, 1, -1)
     queries, keys = extras.query_ids, extras.key_ids
     counts = allowed(
         pattern,
@@ -43,13 +44,13 @@ def attend(
         key_ids=None if keys is None else keys[:, :, None, None],
     )
     if counts is None:
-        counts = jnp.ones((), bool)
+        counts = jnp.ones_like(logits, bool)
     counts = jnp.broadcast_to(counts, logits.shape)
 
     logits = jnp.where(counts, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, initial=-1e30)
     if extras.sinks is not None:
-        sinks = extras.sinks.astype(dtype)[:, :, None]
+        sinks = extras.sinks.astype(dtype)[None, :, :, None]
         top = jnp.maximum(top, sinks)
     top = jax.lax.stop_gradient(top)
     # Twice `where`: masked logits may be infinite, and must not reach the gradient.
