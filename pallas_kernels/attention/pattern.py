@@ -23,6 +23,7 @@ class Pattern(NamedTuple):
         right: it sees keys up to t + right; None: up to the last.
         softcap: logits become softcap * tanh(logits / softcap); None: they stay.
         drop: the share of pairs dropped, in [0, 1).
+        tile: queries and keys of a tile; None: what the implementation finds best.
     """
 
     scale: float
@@ -30,6 +31,7 @@ class Pattern(NamedTuple):
     right: int | None = None
     softcap: float | None = None
     drop: float = 0.0
+    tile: tuple[int, int] | None = None
 
 
 class Extras(NamedTuple):

@@ -26,8 +26,8 @@ from pallas_kernels.attention.pattern import Extras, Pattern, allowed, keep, nee
 
 __all__ = ["attend"]
 
-BLOCK = 256  # queries, and keys, of a tile
-TILE = 2**23  # logits of a tile over all batch rows and heads, at most
+TILE = (256, 512)  # queries and keys of a tile
+LARGEST = 2**23  # logits of a tile over all batch rows and heads, at most
 
 
 class Queries(NamedTuple):
@@ -69,7 +69,8 @@ def attend(
         float64 inputs). A row that sees nothing has 0 and -inf.
     """
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    queries, keys = _query_blocks(q, k, extras), _key_blocks(q, k, v, extras)
+    queries = _query_blocks(pattern, q, k, extras)
+    keys = _key_blocks(pattern, q, k, v, extras)
 
     def row(_: None, queries: Queries) -> Any:
         def step(carry: Any, keys: Keys) -> Any:
@@ -111,24 +112,26 @@ def attend(
 def _attend_jvp(pattern: Pattern, primals: Any, tangents: Any) -> Any:
     out, lse = attend(pattern, *primals)
 
-    def wide(x: jax.Array | None) -> Any:
-        # The gradients of blocks are summed: not in bfloat16.
-        return None if x is None else x.astype(out.dtype)
-
-    # Ids, masks and seeds are integers: what came as their tangents says nothing.
-    extras = primals[3]._replace(bias=wide(primals[3].bias))
-    d_sinks, d_extras = tangents[3].sinks, Extras(bias=wide(tangents[3].bias))
-    (q, k, v), (dq, dk, dv) = (map(wide, args[:3]) for args in (primals, tangents))
-    queries, keys = _query_blocks(q, k, extras), _key_blocks(q, k, v, extras)
-    d_queries, d_keys = _query_blocks(dq, k, d_extras), _key_blocks(q, dk, dv, d_extras)
+    # Wide, since the gradients of blocks are summed. Ids, masks and seeds are integers:
+    # what came as their tangents says nothing.
+    extras = primals[3]._replace(bias=_wide(primals[3].bias))
+    d_sinks, d_extras = tangents[3].sinks, Extras(bias=_wide(tangents[3].bias))
+    (q, k, v), (dq, dk, dv) = (map(_wide, args[:3]) for args in (primals, tangents))
+    queries = _query_blocks(pattern, q, k, extras)
+    keys = _key_blocks(pattern, q, k, v, extras)
+    d_queries = _query_blocks(pattern, dq, k, d_extras)
+    d_keys = _key_blocks(pattern, q, dk, dv, d_extras)
     finite = jnp.where(jnp.isfinite(lse), lse, 0.0)  # of rows that see nothing: 0 * P
     sums = _split(finite, 3, queries.q.shape[4], queries.q.shape[0])
 
     def row(_: None, blocks: Any) -> Any:
         queries, d_queries, lse = blocks
 
-        @jax.checkpoint  # so that no tile is kept for the way back
+        # Twice, so that no tile is kept for the way back, and none is made of zeros
+        # where one is skipped.
+        @jax.checkpoint
         def step(carry: Any, blocks: Any) -> Any:
+            @jax.checkpoint
             def visit(carry: Any) -> Any:
                 keys, d_keys = blocks
                 logits, d_logits = jax.jvp(
@@ -164,7 +167,10 @@ def _attend_jvp(pattern: Pattern, primals: Any, tangents: Any) -> Any:
 def _logits(
     pattern: Pattern, q: jax.Array, k: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    logits = _product("bkgth,bksh->bkgts", q, k) * pattern.scale
+    if q.dtype == jnp.bfloat16:
+        logits = _product("bth,bsh->bts", q, k) * pattern.scale
+    else:  # the queries are fewer than the logits
+        logits = _product("bth,bsh->bts", _wide(q) * pattern.scale, k)
     if bias is not None:
         logits += bias.astype(logits.dtype)
     if pattern.softcap is not None:
@@ -174,15 +180,27 @@ def _logits(
 
 def _apply(weights: jax.Array, v: jax.Array) -> jax.Array:
     # Not in bfloat16: the gradient subtracts d_out * out from sums of the same weights.
-    return _product("bkgts,bksh->bkgth", weights, v.astype(weights.dtype))
+    return _product("bts,bsh->bth", weights, v.astype(weights.dtype))
 
 
 def _product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product with a float32 sum; float16 comes as float32, whose range it needs."""
+    """A product with a float32 sum; float16 becomes float32, whose range it needs.
+
+    The query heads of a key head are rows of one matrix: with an axis of their own XLA
+    copies a tile to bring it next to the other rows.
+    """
+    shape = x.shape[:-1]
+    x = x.reshape(shape[0] * shape[1], -1, x.shape[-1])
+    y = y.reshape(-1, *y.shape[2:])
     if x.dtype == jnp.bfloat16:
-        return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(form, x.astype(dtype), y.astype(dtype), precision="highest")
+        out = jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
+    else:
+        out = jnp.einsum(form, _wide(x), _wide(y), precision="highest")
+    return out.reshape(*shape, -1)
+
+
+def _wide(x: Any) -> Any:
+    return None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _dropped(pattern: Pattern, weights: jax.Array, kept: jax.Array | None) -> jax.Array:
@@ -235,19 +253,20 @@ def _places(index: jax.Array, block: jax.Array) -> jax.Array:
     return index * block.shape[-2] + jnp.arange(block.shape[-2])
 
 
-def _block_sizes(q: jax.Array, k: jax.Array) -> tuple[int, int]:
+def _block_sizes(pattern: Pattern, q: jax.Array, k: jax.Array) -> tuple[int, int]:
     """Rows of a block of queries and of keys; blocks of about equal size."""
-    rows = columns = BLOCK
-    while q.shape[0] * q.shape[1] * q.shape[2] * rows * columns > TILE and rows > 64:
-        rows, columns = columns, rows // 2
-    return tuple(
-        -(-length // -(-length // block))
-        for length, block in ((q.shape[3], rows), (k.shape[2], columns))
-    )  # pyright: ignore
+    rows, columns = pattern.tile or TILE
+    heads = q.shape[0] * q.shape[1] * q.shape[2]
+    while not pattern.tile and heads * rows * columns > LARGEST and rows > 64:
+        rows, columns = columns // 2, rows
+    row_blocks, key_blocks = -(-q.shape[3] // rows), -(-k.shape[2] // columns)
+    return -(-q.shape[3] // row_blocks), -(-k.shape[2] // key_blocks)
 
 
-def _query_blocks(q: jax.Array, k: jax.Array, extras: Extras) -> Queries:
-    rows, _ = _block_sizes(q, k)
+def _query_blocks(
+    pattern: Pattern, q: jax.Array, k: jax.Array, extras: Extras
+) -> Queries:
+    rows, _ = _block_sizes(pattern, q, k)
     count = -(-q.shape[3] // rows)
     ids, bias, mask = (
         _split(x, 3, rows, count) for x in (extras.query_ids, extras.bias, extras.mask)
@@ -255,8 +274,10 @@ def _query_blocks(q: jax.Array, k: jax.Array, extras: Extras) -> Queries:
     return Queries(jnp.arange(count), _split(q, 3, rows, count), ids, bias, mask)
 
 
-def _key_blocks(q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras) -> Keys:
-    _, columns = _block_sizes(q, k)
+def _key_blocks(
+    pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras
+) -> Keys:
+    _, columns = _block_sizes(pattern, q, k)
     count = -(-k.shape[2] // columns)
     k, v, ids = (_split(x, 2, columns, count) for x in (k, v, extras.key_ids))
     return Keys(jnp.arange(count), k, v, ids, None, None)
