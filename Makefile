@@ -22,7 +22,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.vae.iwae demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake tests jaxzoo notebooks
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake tests jaxzoo pallas_kernels notebooks
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -32,7 +32,7 @@ check: .venv/installed-dev
 	$(BIN)/python -m jaxzoo.catalogue --check
 
 # SUBSET=... takes a part of the suite.
-SUBSET ?= tests jaxzoo
+SUBSET ?= tests jaxzoo pallas_kernels
 ifeq ($(OLDEST),)
 test-oldest:
 	@echo "No Python 3.11 here: nothing was tested. make test-oldest OLDEST=/path/to/python3.11"
@@ -43,7 +43,7 @@ endif
 
 # With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
 test-aot: .venv-aot/installed-dev
-	.venv-aot/bin/python -m pytest tests/training/test_dry_run_aot.py
+	.venv-aot/bin/python -m pytest tests/training/test_dry_run_aot.py tests/kernels/test_attention_aot.py
 
 # The committed record of every experiment, measured again.
 results: .venv/installed
