@@ -26,7 +26,7 @@ from pallas_kernels.attention.pattern import Extras, Pattern, allowed, keep, nee
 
 __all__ = ["attend"]
 
-TILE = (256, 512)  # queries and keys of a tile
+TILE = (512, 256)  # queries and keys of a tile
 LARGEST = 2**23  # logits of a tile over all batch rows and heads, at most
 
 
@@ -257,8 +257,8 @@ def _block_sizes(pattern: Pattern, q: jax.Array, k: jax.Array) -> tuple[int, int
     """Rows of a block of queries and of keys; blocks of about equal size."""
     rows, columns = pattern.tile or TILE
     heads = q.shape[0] * q.shape[1] * q.shape[2]
-    while not pattern.tile and heads * rows * columns > LARGEST and rows > 64:
-        rows, columns = columns // 2, rows
+    while not pattern.tile and heads * rows * columns > LARGEST and columns > 64:
+        rows, columns = columns, rows // 2
     row_blocks, key_blocks = -(-q.shape[3] // rows), -(-k.shape[2] // columns)
     return -(-q.shape[3] // row_blocks), -(-k.shape[2] // key_blocks)
 
