@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import Dropout, attention, shifted_groups, xla
+from pallas_kernels.attention import (
+    Dropout,
+    attention,
+    pallas_tpu,
+    shifted_groups,
+    xla,
+)
 
 # Small blocks: short lengths have several, full, cut off and skipped ones.
 xla.TILE = (16, 8)
@@ -445,10 +451,60 @@ def test_it_says_which_implementation_ran(monkeypatch, capsys):
     attention(*QKV)
     attention(*QKV, implementation="ref")
     attention(QKV[0], *QKV[1:, :, :0])
-    first, second, third = capsys.readouterr().err.splitlines()
-    assert first.startswith("attention: xla (it runs on every backend); q float32[2,")
-    assert second.startswith("attention: ref (asked for)")
-    assert third.startswith("attention: ref (an axis has length 0")
+    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "tpu")
+    jax.eval_shape(attention, *QKV)
+    jax.eval_shape(functools.partial(attention, bias=jnp.zeros((1, 1, 1, 1))), *QKV)
+    said = capsys.readouterr().err.splitlines()
+    starts = [
+        "xla (the TPU kernel does not run on 'cpu'); q float32[2, 21, 4, 8], k [2, 21",
+        "ref (asked for)",
+        "ref (an axis has length 0",
+        "pallas_tpu (the fastest here)",
+        "xla (the TPU kernel takes no bias)",
+    ]
+    for line, start in zip(said, starts, strict=True):
+        assert line.startswith(f"attention: {start}")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The TPU kernels, interpreted, as the implementation that is chosen."""
+    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "tpu")
+    for name in ("forward", "backward"):
+        whole = functools.partial(getattr(pallas_tpu, name), interpret=True)
+        monkeypatch.setattr(pallas_tpu, name, whole)
+
+
+def test_the_tpu_kernels_are_behind_the_same_call(interpreted):
+    ids = jnp.sort(jax.random.randint(jax.random.key(2), (2, 21), 0, 3), axis=1)
+    knobs = {"segment_ids": ids, "window": (9, 2), "logit_softcap": 2.0}
+    knobs |= {"dropout": (0.2, jax.random.key(4)), "return_lse": True}
+
+    def total(q, k, v, sinks, implementation: Any):
+        out, lse = attention(
+            q, k, v, sinks=sinks, implementation=implementation, **knobs
+        )
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse)
+
+    args = (QKV[0], *map(few_heads, QKV[1:]), jnp.arange(4.0))
+    both = [
+        jax.jit(
+            jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True), static_argnums=4
+        )(*args, name)
+        for name in (None, "xla")
+    ]
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_the_tpu_kernels_lack_is_said_and_names_xla(interpreted):
+    def total(q):
+        return jnp.sum(attention(q, *QKV[1:], implementation="pallas_tpu") ** 2)
+
+    with pytest.raises(NotImplementedError, match='implementation="xla" has them'):
+        jax.jvp(jax.grad(total), (QKV[0],), (QKV[0],))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(total, (QKV[0],), (QKV[0],))
 
 
 BAD = {
@@ -511,6 +567,10 @@ BAD = {
         lambda q, k, v: attention(q, k, v, implementation=cast(Any, "cudnn")),
         ValueError,
         "'implementation' is 'cudnn', expected one of 'ref', 'xla'",
+    ),
+    "platform": (
+        lambda q, k, v: attention(q, k, v, implementation="pallas_tpu"),
+        NotImplementedError, "'pallas_tpu', but the TPU kernel does not run on 'cpu'",
     ),
     "group": (lambda *_: shifted_groups(8, 2, 3), ValueError, "'group' is 3"),
 }  # fmt: skip
