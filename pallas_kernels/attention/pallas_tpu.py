@@ -68,7 +68,6 @@ def unsupported(
     Returns:
         One sentence, or None if the call can run.
     """
-    del pattern
     kinds = {x.dtype for x in (q, k, v)}
     if len(kinds) > 1 or q.dtype not in (jnp.float32, jnp.bfloat16):
         names = ", ".join(str(x.dtype) for x in (q, k, v))
@@ -82,6 +81,8 @@ def unsupported(
         return "the TPU kernel takes no empty arrays"
     if q.shape[-1] > 512:
         return f"the TPU kernel takes heads of at most 512, and this is {q.shape[-1]}"
+    if pattern.tile is not None and any(x < 1 or x % LANES for x in pattern.tile):
+        return f"the TPU kernel takes tiles of multiples of 128, not {pattern.tile}"
     return None
 
 
@@ -92,18 +93,17 @@ def forward(
     v: jax.Array,
     extras: Extras,
     *,
-    size: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention; equals `ref.attend` wherever `unsupported` gives None.
 
     Args:
-        pattern: scale, window, softcap and share of dropout.
+        pattern: scale, window, softcap, share of dropout and tile, by default chosen by
+            dtype and H.
         q: `[B, K, G, T, H]`, float32 or bfloat16.
         k: `[B, K, S, H]`.
         v: `[B, K, S, H]`.
         extras: sinks, masks, ids and the seed of dropout.
-        size: queries and keys of a tile, multiples of 128; None: by dtype and H.
         interpret: True or `pltpu.InterpretParams`: run without a TPU.
 
     Returns:
@@ -111,7 +111,7 @@ def forward(
         their gradient would add up the rounding errors of all rows; `[B, K, G, T]` in
         float32. A row that sees nothing has 0 and -inf.
     """
-    tiles = tiling(pattern, q, k, size or _size(q, False))
+    tiles = tiling(pattern, q, k, pattern.tile or _size(q, False))
     q, k, v = _whole_blocks(tiles, q, k, v)
     masks = sides(tiles, extras)
     width, length = q.shape[4], q.shape[3]
@@ -140,7 +140,6 @@ def backward(
     d_out: jax.Array,
     d_lse: jax.Array | None,
     *,
-    size: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     """The gradient of `forward`.
@@ -155,14 +154,13 @@ def backward(
         lse: what it gave, `[B, K, G, T]`.
         d_out: the gradient with respect to `out`.
         d_lse: that with respect to `lse`; None: zero. Ignored where `lse` is -inf.
-        size: as in `forward`.
         interpret: as in `forward`.
 
     Returns:
         `(dq, dk, dv, d_bias, d_sinks)` in the dtypes of the inputs; `d_bias` is None,
         and `d_sinks` `[K, G]`, None without sinks.
     """
-    tiles = tiling(pattern, q, k, size or _size(q, True))
+    tiles = tiling(pattern, q, k, pattern.tile or _size(q, True))
     seen = lse > -jnp.inf
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     if d_lse is not None:

@@ -129,16 +129,15 @@ def test_compiles_with(case, dtype):
 
 def test_tables_of_many_heads_fit_into_the_scalar_memory():
     """16 x 16 heads with ids of their own, each with 128 blocks of queries."""
-    batch, heads, length, size = 16, 16, 16384, (128, 128)
+    batch, heads, length = 16, 16, 16384
     extras = beside(
         query_ids=((batch, heads, 1, length), jnp.int32),
         key_ids=((batch, heads, length), jnp.int32),
     )
-    assert batch * heads * length // size[0] == TABLE
+    assert batch * heads * length // 128 == TABLE
+    pattern = CAUSAL._replace(tile=(128, 128))
     shape = (batch, heads, 1, length, length, 128)
     q, k, v, _, _, extras = arrays("v5e:1x1", shape, jnp.bfloat16, extras)
-    lowered = jax.jit(functools.partial(tpu.forward, CAUSAL, size=size)).trace(
-        q, k, v, extras
-    )
+    lowered = jax.jit(functools.partial(tpu.forward, pattern)).trace(q, k, v, extras)
     compiled = lowered.lower(lowering_platforms=("tpu",)).compile()
     assert temporary(compiled) < 2**30

@@ -18,7 +18,7 @@ from pallas_kernels.attention.pattern import Extras, Pattern, allowed
 from pallas_kernels.attention.tpu_tiles import ranges, sides, tiling
 
 RNG = np.random.default_rng(0)
-SIZE = (128, 128)
+TILE = (128, 128)
 SEED = jnp.array([3, 4], jnp.uint32)
 PLAIN = Pattern(0.3, right=0)
 # Each test runs once what it compiles.
@@ -63,15 +63,16 @@ def far(actual, expected):
     return np.abs(actual[finite] - expected[finite]).max() / max(largest, 1e-30)
 
 
-def both(pattern, extras, arrays, *, size=SIZE, interpret: Any = True):
+def both(pattern, extras, arrays, *, interpret: Any = True):
     """out, lse, dq, dk, dv and d_sinks: of the kernels, and of the definition."""
+    pattern = pattern._replace(tile=TILE)
 
     @QUICKLY
     def kernels(q, k, v, d_out, d_lse, extras):
-        out, lse = tpu.forward(pattern, q, k, v, extras, size=size, interpret=interpret)
+        out, lse = tpu.forward(pattern, q, k, v, extras, interpret=interpret)
         *gradients, d_bias, d_sinks = tpu.backward(
             pattern, q, k, v, extras, out, lse, d_out, d_lse,
-            size=size, interpret=interpret,
+            interpret=interpret,
         )  # fmt: skip
         assert d_bias is None
         return out, lse, *gradients, d_sinks
@@ -235,7 +236,7 @@ def test_ranges_hold_every_pair_that_counts(name, by_keys):
 
 def test_a_window_takes_as_many_steps_as_it_is_wide():
     q, k, *_ = inputs((1, 1, 1, 1024, 1024, 1))
-    tiles = tiling(Pattern(1.0, 128, 0), q, k, SIZE)
+    tiles = tiling(Pattern(1.0, 128, 0), q, k, TILE)
     for by_keys in (False, True):
         assert ranges(tiles, sides(tiles, Extras()), by_keys)[3] == 2
 
@@ -328,3 +329,6 @@ def test_what_it_cannot_do_is_said_in_a_sentence():
     ):
         assert word in (tpu.unsupported(PLAIN, a, b, c, extras) or "")
     assert tpu.unsupported(PLAIN, q, k, v, Extras()) is None
+    assert "128" in (
+        tpu.unsupported(PLAIN._replace(tile=(128, 64)), q, k, v, Extras()) or ""
+    )
