@@ -157,7 +157,10 @@ def drawn(case: Case, seed: int):
     rng = np.random.default_rng(seed)
     batch, length, keys, heads, key_heads, width = case.shape
     size = rng.choice([0.3, 1.0, 4.0])
-    normal = lambda *shape: rng.normal(size=shape)  # noqa: E731
+
+    def normal(*shape):
+        return rng.normal(size=shape)
+
     floats = {
         "q": size * normal(batch, length, heads, width),
         "k": normal(batch, keys, key_heads, width),
