@@ -73,14 +73,16 @@ def first_version(
         def step(carry: Any, tile: Any) -> Any:
             top, total, out = carry
             k, v = tile
-            logits = xla._logits(pattern, q, k, None)
+            scaled = q * pattern.scale
+            logits = jnp.einsum("bkgth,bksh->bkgts", scaled, k, precision="highest")
             own_top = jnp.max(logits, axis=-1)
             weights = jnp.exp(logits - own_top[..., None])
             own_total = jnp.sum(weights, axis=-1)
             higher = jnp.maximum(top, own_top)
             before, now = jnp.exp(top - higher), jnp.exp(own_top - higher)
             new_total = before * total + now * own_total
-            seen = now[..., None] * xla._apply(weights, v)
+            seen = jnp.einsum("bkgts,bksh->bkgth", weights, v, precision="highest")
+            seen *= now[..., None]
             out = (total * before)[..., None] * out + seen
             return (higher, new_total, out / new_total[..., None]), None
 
@@ -175,7 +177,7 @@ def other_operations(config: Config, attend: Attend, length: int) -> float:
 MOVES = {
     "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "dynamic_slice",
     "iota", "pad", "reshape", "slice", "split", "squeeze", "stop_gradient", "transpose",
-    "dot_general", "copy_p",
+    "dot_general",
 }  # fmt: skip
 
 

@@ -163,10 +163,11 @@ def attention(
     batch, length, heads, width = q.shape
     key_heads = k.shape[2]
     groups = heads // key_heads
+    left, right = _window(window)
     pattern = Pattern(
         scale=_number("scale", width**-0.5 if scale is None else scale),
-        left=_window(window)[0],
-        right=_right(is_causal, _window(window)[1]),
+        left=left,
+        right=0 if is_causal else right,
         softcap=None if logit_softcap is None else _softcap(logit_softcap),
         drop=0.0 if dropout is None else _rate(dropout[0]),
     )
@@ -339,10 +340,6 @@ def _window(window: Window | None) -> tuple[int | None, int | None]:
             "(left, right) of numbers not below 0, or None."
         )
     return sides
-
-
-def _right(is_causal: bool, right: int | None) -> int | None:
-    return 0 if is_causal else right
 
 
 def _number(name: str, value: float) -> float:
