@@ -43,7 +43,7 @@ endif
 
 # With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
 test-aot: .venv-aot/installed-dev
-	.venv-aot/bin/python -m pytest tests/training/test_dry_run_aot.py tests/kernels/test_attention_aot.py
+	.venv-aot/bin/python -m pytest --numprocesses $(WORKERS) tests/*/test_*_aot.py
 
 # The committed record of every experiment, measured again.
 results: .venv/installed

@@ -5,15 +5,13 @@
 
 Names, layout and masks are those of `jax.nn.dot_product_attention`. `implementation`
 says how: "ref" is the definition, "xla" runs on every backend and has derivatives of
-any order in both modes, "pallas_tpu" is a kernel with reverse mode alone. None takes
-the best that can do the call; with PALLAS_KERNELS_LOG=1 in the environment it says
-which one that is, and why no other. To compile for a TPU without one, set
-PALLAS_KERNELS_TARGET=tpu.
+any order in both modes, "pallas_tpu" and "pallas_gpu" (Hopper) are kernels with reverse
+mode alone. None takes the best that can do the call; with PALLAS_KERNELS_LOG=1 in the
+environment it says which one that is, and why no other. To compile for a machine that
+is not there, set PALLAS_KERNELS_TARGET to "tpu" or "hopper".
 """
 
 import functools
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -21,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pallas_kernels.attention import pallas_tpu, ref, xla
+from pallas_kernels.attention import pallas_gpu, pallas_tpu, ref, xla
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.pattern import Extras, Pattern
+from pallas_kernels.dispatch import Kernels, choose, reverse_alone
 
 PAPER = {
     "slug": "flash_attention2",
@@ -42,47 +41,43 @@ PAPER = {
 
 __all__ = ["Dropout", "attention", "decode_attention", "shifted_groups"]
 
-Implementation = Literal["ref", "xla", "pallas_tpu"]
+Implementation = Literal["ref", "xla", "pallas_tpu", "pallas_gpu"]
 Window = int | tuple[int | None, int | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_tpu(pattern: Pattern, *arrays: Any) -> tuple[Array, Array]:
-    return _reverse_alone(pallas_tpu.forward, pattern, *arrays)
+def _with_gradient(kernels: Any) -> Callable:
+    """What `ref.attend` is, by a module of kernels with `forward` and `backward`."""
 
+    def alone(name: str, pattern: Pattern, *arrays: Any) -> Any:
+        kernel = functools.partial(getattr(kernels, name), pattern)
+        return reverse_alone("attention", kernel)(*arrays)
 
-def _attend_tpu_forward(pattern: Pattern, *arrays: Any) -> Any:
-    out, lse = _reverse_alone(pallas_tpu.forward, pattern, *arrays)
-    return (out, lse), (*arrays, out, lse)
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def attend(pattern: Pattern, *arrays: Any) -> tuple[Array, Array]:
+        return alone("forward", pattern, *arrays)
 
+    def forward(pattern: Pattern, *arrays: Any) -> Any:
+        out, lse = alone("forward", pattern, *arrays)
+        return (out, lse), (*arrays, out, lse)
 
-def _attend_tpu_backward(pattern: Pattern, saved: Any, gradients: Any) -> Any:
-    arrays = (*saved, *gradients)
-    dq, dk, dv, _, d_sinks = _reverse_alone(pallas_tpu.backward, pattern, *arrays)
-    # Ids, masks and seeds are integers: None stands for no gradient.
-    return dq, dk, dv, Extras(sinks=d_sinks)
+    def backward(pattern: Pattern, saved: Any, gradients: Any) -> Any:
+        dq, dk, dv, _, d_sinks = alone("backward", pattern, *saved, *gradients)
+        # Ids, masks and seeds are integers: None stands for no gradient.
+        return dq, dk, dv, Extras(sinks=d_sinks)
 
-
-_attend_tpu.defvjp(_attend_tpu_forward, _attend_tpu_backward)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _reverse_alone(kernel: Callable, pattern: Pattern, *arrays: Any) -> Any:
-    return kernel(pattern, *arrays)
-
-
-@_reverse_alone.defjvp
-def _reverse_alone_jvp(kernel: Callable, pattern: Pattern, *_: Any) -> Any:
-    raise NotImplementedError(
-        "attention by 'pallas_tpu' has first derivatives in reverse mode alone: "
-        'implementation="xla" has them of any order in both modes.'
-    )
+    attend.defvjp(forward, backward)
+    return attend
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
     "ref": ref.attend,
     "xla": xla.attend,
-    "pallas_tpu": _attend_tpu,
+    "pallas_tpu": _with_gradient(pallas_tpu),
+    "pallas_gpu": _with_gradient(pallas_gpu),
+}
+KERNELS: Kernels = {
+    "pallas_tpu": ("tpu", pallas_tpu.unsupported),
+    "pallas_gpu": ("hopper", pallas_gpu.unsupported),
 }
 
 
@@ -143,7 +138,7 @@ def attention(
         dropout: `(rate, key)`: weights are dropped after the softmax, and the others
             scaled by 1 / (1 - rate).
         return_lse: also returns the log of each query's sum of exponentials.
-        implementation: "ref", "xla", "pallas_tpu", or None.
+        implementation: "ref", "xla", "pallas_tpu", "pallas_gpu", or None.
 
     Returns:
         `[B, T, N, H]` in the dtype of `q`; with `return_lse` also `[B, T, N]` float32,
@@ -212,7 +207,12 @@ def attention(
         v.transpose(0, 2, 1, 3),
     )
     arguments = (pattern, *heads_first, extras)
-    out, lse = _choose(implementation, arguments)(*arguments)
+    attend = choose(
+        "attention", implementation, IMPLEMENTATIONS, KERNELS, arguments,
+        is_empty=0 in q.shape or 0 in k.shape,
+        shapes=f"q {q.dtype}{list(q.shape)}, k {list(k.shape)}",
+    )  # fmt: skip
+    out, lse = attend(*arguments)
     out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
     if not return_lse:
         return out
@@ -257,35 +257,6 @@ def shifted_groups(
         return jnp.repeat(halves, count // 2, axis=1)[None].astype(jnp.int32)
 
     return of_heads(num_heads), of_heads(key_heads)
-
-
-def _choose(name: str | None, arguments: tuple) -> Callable:
-    """The implementation of a call; `arguments` are those of `ref.attend`."""
-    if name is not None and name not in IMPLEMENTATIONS:
-        names = ", ".join(f"'{n}'" for n in IMPLEMENTATIONS)
-        raise ValueError(
-            f"argument 'implementation' is {name!r}, expected one of {names} or None."
-        )
-    _, q, k, _, _ = arguments
-    platform = os.environ.get("PALLAS_KERNELS_TARGET") or jax.default_backend()
-    against = pallas_tpu.unsupported(*arguments)
-    if platform != "tpu":
-        against = f"the TPU kernel does not run on '{platform}'"
-    if name == "pallas_tpu" and against:
-        raise NotImplementedError(
-            f"argument 'implementation' is 'pallas_tpu', but {against}: 'xla' runs."
-        )
-    why = "asked for"
-    if name is None:
-        name, why = ("xla", against) if against else ("pallas_tpu", "the fastest here")
-    if 0 in q.shape or 0 in k.shape:
-        name, why = "ref", "an axis has length 0, and there is nothing to compute"
-    if os.environ.get("PALLAS_KERNELS_LOG", "0") != "0":
-        (batch, key_heads, groups, length, width), keys = q.shape, k.shape[2]
-        shapes = f"q {q.dtype}{[batch, length, key_heads * groups, width]}, "
-        shapes += f"k {[batch, keys, key_heads, width]}"
-        print(f"attention: {name} ({why}); {shapes}", file=sys.stderr)
-    return IMPLEMENTATIONS[name]
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:

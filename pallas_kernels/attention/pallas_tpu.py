@@ -31,17 +31,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.pattern import Extras, Pattern
+from pallas_kernels.attention.tiles import Sides, Tiling, pad, sides
 from pallas_kernels.attention.tpu_call import call
 from pallas_kernels.attention.tpu_tiles import (
     LANES,
     Scalars,
-    Sides,
     Tile,
-    Tiling,
     column,
     kept,
-    pad,
-    sides,
     tiling,
     visit,
 )

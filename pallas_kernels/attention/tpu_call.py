@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.pattern import Extras
-from pallas_kernels.attention.tpu_tiles import Scalars, Sides, Tile, Tiling, ranges
+from pallas_kernels.attention.tiles import Sides, Tiling, ranges
+from pallas_kernels.attention.tpu_tiles import Scalars, Tile
 
 __all__ = ["call"]
 
@@ -95,7 +95,7 @@ def call(
     names = ("vectors", "key vectors", "vectors", "key vectors", "tiles")
     outputs = [_struct(size, dtype, operands) for _, size, dtype in results]
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, outputs)))
-    pairs = batch * heads * groups * _pairs(tiles)
+    pairs = batch * heads * groups * tiles.pairs
     ordered = 2 if by_keys else 1
     return pl.pallas_call(
         body,
@@ -190,12 +190,3 @@ def _struct(shape: tuple[int, ...], dtype: Any, operands: Any) -> jax.ShapeDtype
     varies = [jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands)]
     axes = jax.sharding.ManualAxisType(varying=frozenset().union(*varies))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
-
-
-def _pairs(tiles: Tiling) -> int:
-    """How many pairs of a head lie within the window."""
-    left, right = tiles.pattern.left, tiles.pattern.right
-    rows = np.arange(tiles.queries)
-    start = 0 if left is None else np.maximum(0, rows - left)
-    stop = tiles.keys if right is None else np.minimum(tiles.keys, rows + right + 1)
-    return int(np.sum(np.maximum(0, stop - start) + 0 * rows))

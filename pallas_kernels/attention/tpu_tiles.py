@@ -1,13 +1,9 @@
-"""Tiles for the TPU kernels: their sizes, which are visited, what counts in one.
-
-The matrix of logits is cut into tiles of `rows` queries and `columns` keys. A kernel
-that owns a block of queries walks over the blocks of keys from `first` to `last`, which
-`ranges` finds beforehand from the window, the ids and the masks; what lies outside is
-neither computed nor fetched. Arrays are padded to whole blocks.
+"""Tiles on a TPU: where a kernel stands, and what counts in its tile.
 
 On a TPU the last axis lies on 128 lanes, the one before it on 8 sublanes (32 for int8),
-so blocks are multiples of these or whole axes. Vectors over positions, such as ids,
-are stored as rows `[1, n]`; `column` turns one where it is needed upright.
+so blocks are multiples of these or whole axes; arrays are padded to whole blocks.
+Vectors over positions, such as ids, are stored as rows `[1, n]`; `column` turns one
+where it is needed upright.
 """
 
 from collections.abc import Callable
@@ -15,46 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.pattern import Extras, Pattern, allowed, keep, needed
+from pallas_kernels.attention.pattern import Pattern, allowed, keep
+from pallas_kernels.attention.tiles import Sides, Tiling
 
-__all__ = [
-    "LANES",
-    "Scalars",
-    "Sides",
-    "Tile",
-    "Tiling",
-    "column",
-    "kept",
-    "pad",
-    "ranges",
-    "sides",
-    "tiling",
-    "visit",
-]
+__all__ = ["LANES", "Scalars", "Tile", "column", "kept", "tiling", "visit"]
 
 LANES = 128
-# Entries of a table of ranges: two tables of int32 have to fit into 1 MiB of SMEM.
-TABLE = 2**15
-
-
-class Tiling(NamedTuple):
-    """How a call is cut; static."""
-
-    pattern: Pattern
-    queries: int  # T, without padding
-    keys: int  # S
-    heads: tuple[int, int]  # K, G
-    rows: int  # queries of a tile
-    columns: int  # keys of a tile
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks of queries, and of keys."""
-        return pl.cdiv(self.queries, self.rows), pl.cdiv(self.keys, self.columns)
 
 
 class Scalars(NamedTuple):
@@ -64,16 +29,6 @@ class Scalars(NamedTuple):
     last: Any  # the last one; less than `first` if there is none
     seed: Any  # uint32 [2]
     sinks: Any  # float32 [N]
-
-
-class Sides(NamedTuple):
-    """What masks a tile, beside the window; None where there is none."""
-
-    query_ids: Any  # int32 [B|1, K|1, G|1, 1, T]
-    key_ids: Any  # int32 [B|1, K|1, 1, 1, S]
-    query_mask: Any  # int32, as query_ids: a mask without an axis of keys
-    key_mask: Any  # int32 [B|1, K|1, G|1, 1, S]: a mask without an axis of queries
-    mask: Any  # int8 [B|1, K|1, G|1, T, S]
 
 
 class Tile(NamedTuple):
@@ -105,90 +60,6 @@ def tiling(pattern: Pattern, q: jax.Array, k: jax.Array, size: tuple[int, int]) 
     rows = min(rows, _up(queries, LANES if queries > LANES else 32))
     columns = min(columns, _up(keys, LANES))
     return Tiling(pattern, queries, keys, (q.shape[1], q.shape[2]), rows, columns)
-
-
-def pad(x: jax.Array, axis: int, block: int, value: Any = 0) -> jax.Array:
-    """Lengthen an axis to a multiple of `block`, with `value` or "edge" values."""
-    missing = -x.shape[axis] % block
-    if not missing:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, missing)
-    if value == "edge":
-        return jnp.pad(x, widths, mode="edge")
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def sides(tiles: Tiling, extras: Extras) -> Sides:
-    """Ids and masks as the kernels read them: integers, padded, vectors as rows."""
-    query_ids, key_ids, mask = extras.query_ids, extras.key_ids, extras.mask
-    if query_ids is None or key_ids is None:
-        query_ids = key_ids = None
-    else:
-        # Padded with what is there, so that the bounds of a block stay narrow.
-        query_ids = pad(query_ids, 3, tiles.rows, "edge")[:, :, :, None]
-        key_ids = pad(key_ids, 2, tiles.columns, "edge")[:, :, None, None]
-    query_mask = key_mask = None
-    if mask is not None and mask.shape[4] == 1 and tiles.keys > 1:
-        shape = (*mask.shape[:3], tiles.queries, 1)
-        rows = jnp.swapaxes(jnp.broadcast_to(mask, shape), 3, 4)
-        query_mask, mask = pad(rows.astype(jnp.int32), 4, tiles.rows), None
-    elif mask is not None and mask.shape[3] == 1:
-        rows = jnp.broadcast_to(mask, (*mask.shape[:4], tiles.keys))
-        key_mask, mask = pad(rows.astype(jnp.int32), 4, tiles.columns), None
-    elif mask is not None:
-        mask = pad(pad(mask.astype(jnp.int8), 3, tiles.rows), 4, tiles.columns)
-    return Sides(query_ids, key_ids, query_mask, key_mask, mask)
-
-
-def ranges(
-    tiles: Tiling, masks: Sides, by_keys: bool
-) -> tuple[jax.Array, jax.Array, tuple[int, ...], int]:
-    """Which blocks each block has to visit.
-
-    Args:
-        tiles: how the call is cut.
-        masks: what `sides` gave.
-        by_keys: a block of keys visits blocks of queries, else the other way round.
-
-    Returns:
-        `(first, last, shape, steps)`: int32 tables of `shape` `(B|1, K|1, G|1, n)`,
-        flat; and the most blocks that any block can have to visit.
-    """
-    (rows, columns), (down, across) = (tiles.rows, tiles.columns), tiles.grid
-    i, j = np.arange(down)[:, None] * rows, np.arange(across)[None] * columns
-    last_row = np.minimum(i + rows, tiles.queries) - 1
-    last_column = np.minimum(j + columns, tiles.keys) - 1
-    window = needed(tiles.pattern, i, last_row, j, last_column)  # pyright: ignore
-    window = np.broadcast_to(np.asarray(window), (down, across))
-    axis = 0 if by_keys else 1
-    low, high = _ends(np, window, axis)
-    steps = max(1, int(np.max(high - low + 1)))
-
-    parts = []
-    if masks.query_ids is not None:
-        ids, others = _blocks(masks.query_ids, rows), _blocks(masks.key_ids, columns)
-        parts.append(ids.min(-1)[..., None] <= others.max(-1)[:, :, :, None])
-        parts.append(ids.max(-1)[..., None] >= others.min(-1)[:, :, :, None])
-    if masks.query_mask is not None:
-        parts.append(_blocks(masks.query_mask, rows).any(-1)[..., None])
-    if masks.key_mask is not None:
-        parts.append(_blocks(masks.key_mask, columns).any(-1)[:, :, :, None])
-    if masks.mask is not None:
-        shape = (*masks.mask.shape[:3], down, rows, across, columns)
-        parts.append(masks.mask.reshape(shape).any((4, 6)))
-    if parts:
-        table: Any = jnp.asarray(window)[None, None, None]
-        for part in parts:
-            table &= part
-        for same in ((1, 2), 0):  # too many for the scalar memory: one for all heads
-            if table.size // table.shape[4 - axis] > TABLE:
-                table = table.any(same, keepdims=True)
-        low, high = _ends(jnp, table, 3 + axis)
-    else:
-        low, high = (x[None, None, None] for x in (low, high))
-    low, high = (jnp.asarray(x, jnp.int32) for x in (low, high))
-    return low.reshape(-1), high.reshape(-1), low.shape, steps
 
 
 def visit(
@@ -290,18 +161,6 @@ def _positions(tiles: Tiling, tile: Tile) -> tuple[jax.Array, jax.Array]:
         along(tile.row, tiles.rows, not tile.keys_down),
         along(tile.column, tiles.columns, tile.keys_down),
     )
-
-
-def _ends(numpy: Any, table: Any, axis: int) -> tuple[Any, Any]:
-    """The first and the last True along an axis; (0, -1) if there is none."""
-    some, size = table.any(axis), table.shape[axis]
-    last = size - 1 - numpy.argmax(numpy.flip(table, axis), axis)
-    return numpy.argmax(table, axis), numpy.where(some, last, -1)
-
-
-def _blocks(row: jax.Array, block: int) -> jax.Array:
-    """`[..., 1, n]` to `[..., n / block, block]`."""
-    return row.reshape(*row.shape[:3], row.shape[4] // block, block)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -12,7 +12,7 @@ from jaxzoo.training import topology
 from pallas_kernels.attention import pallas_tpu as tpu
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.pattern import Extras, Pattern
-from pallas_kernels.attention.tpu_tiles import TABLE
+from pallas_kernels.attention.tiles import TABLE
 
 HOW = "needs the compiler: pip install 'jax[tpu]'"
 CAUSAL = Pattern(0.125, right=0)

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.attention import pallas_tpu as tpu
 from pallas_kernels.attention import ref
 from pallas_kernels.attention.pattern import Extras, Pattern, allowed
-from pallas_kernels.attention.tpu_tiles import ranges, sides, tiling
+from pallas_kernels.attention.tiles import ranges, sides
+from pallas_kernels.attention.tpu_tiles import tiling
 
 RNG = np.random.default_rng(0)
 TILE = (128, 128)

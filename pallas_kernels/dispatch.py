@@ -1,0 +1,115 @@
+"""Which implementation of an operation runs, and why no other.
+
+None takes the first kernel that is made for this machine and can do the call, and
+otherwise "xla". With PALLAS_KERNELS_LOG=1 in the environment the choice is said on
+standard error. PALLAS_KERNELS_TARGET=tpu (or hopper) chooses for a machine that is not
+there, to compile for it.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["Kernels", "choose", "machine", "reverse_alone"]
+
+# For each kernel the machine that it is made for, and why it cannot do a call, if so.
+Kernels = dict[str, tuple[str, Callable[..., str | None]]]
+KINDS = {"tpu": "TPU", "hopper": "Hopper GPU"}
+
+
+def machine() -> str:
+    """What programs are compiled for: "tpu", "hopper", "gpu" (another one) or "cpu"."""
+    target = os.environ.get("PALLAS_KERNELS_TARGET")
+    if target:
+        return target
+    if jax.default_backend() != "gpu":
+        return jax.default_backend()
+    # Of other generations some lack the instructions of Hopper, and some have others.
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return "hopper" if str(capability) == "9.0" else "gpu"
+
+
+def choose(
+    operation: str,
+    name: str | None,
+    implementations: dict[str, Callable],
+    kernels: Kernels,
+    arguments: tuple[Any, ...],
+    *,
+    is_empty: bool,
+    shapes: str,
+) -> Callable:
+    """The implementation of a call.
+
+    Args:
+        operation: its name.
+        name: the argument 'implementation' of the call.
+        implementations: by name, "ref" and "xla" among them.
+        kernels: those of them that are for one machine.
+        arguments: of the functions in `kernels`.
+        is_empty: whether nothing is to be computed: "ref" does that.
+        shapes: how the call is described.
+
+    Returns:
+        One of `implementations`.
+
+    Raises:
+        ValueError: there is no such implementation.
+        NotImplementedError: the kernel that is named cannot do the call.
+    """
+    if name is not None and name not in implementations:
+        names = ", ".join(f"'{n}'" for n in implementations)
+        raise ValueError(
+            f"argument 'implementation' is {name!r}, expected one of {names} or None."
+        )
+    here, against = machine(), {}
+    for kernel, (home, unsupported) in kernels.items():
+        reason = unsupported(*arguments)
+        if here != home:
+            reason = f"the {KINDS[home]} kernel does not run on '{here}'"
+        if reason:
+            against[kernel] = reason
+    if name in against:
+        raise NotImplementedError(
+            f"argument 'implementation' is '{name}', but {against[name]}: 'xla' runs."
+        )
+    why = "asked for"
+    if name is None:
+        able = [kernel for kernel in kernels if kernel not in against]
+        name = able[0] if able else "xla"
+        ours = [against[kernel] for kernel in against if kernels[kernel][0] == here]
+        none = "; ".join(ours) or f"there is no kernel for '{here}'"
+        why = "the fastest here" if able else none
+    if is_empty:
+        name, why = "ref", "an axis has length 0, and there is nothing to compute"
+    if os.environ.get("PALLAS_KERNELS_LOG", "0") != "0":
+        print(f"{operation}: {name} ({why}); {shapes}", file=sys.stderr)
+    return implementations[name]
+
+
+def reverse_alone(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays that has no derivative, and an error that says what has.
+
+    Args:
+        operation: its name in the error.
+        function: of trees of arrays.
+
+    Raises:
+        NotImplementedError: the function that is returned is differentiated.
+    """
+
+    @jax.custom_jvp
+    def call(*arrays: Any) -> Any:
+        return function(*arrays)
+
+    @call.defjvp
+    def _(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{operation} by a Pallas kernel has first derivatives in reverse mode "
+            'alone: implementation="xla" has them of any order in both modes.'
+        )
+
+    return call
