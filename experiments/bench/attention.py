@@ -1,0 +1,187 @@
+"""Attention against torch's and jax.nn's: on the CPU, and with --device on a GPU.
+
+Claims on the CPU (float32, causal, 2048 tokens, 8 heads of 64): forward and gradient
+take at most 1.2 of the time of torch's scaled_dot_product_attention, and at most 64 MiB
+of temporary memory, which grows by at most 2.2 per doubling of the length up to 8192.
+
+    pip install -e ".[bench]"
+    python -m experiments.bench.attention full             # a minute on 2 quiet cores
+    python -m experiments.bench.attention full --device    # 10 minutes on a GPU
+    python -m experiments.bench.attention quick            # a part of it, 3 minutes
+
+With --device every case of `CHECKS` is compared with the definition first; then copy
+and matmul rates are measured, blocks are tried for each head size and kernel, and with
+the best G1 to G9 of `WORKLOADS` are timed against jax.nn (cuDNN and XLA) and torch.
+Goals are claims where our kernel and the peer ran; those in TFLOP/s only on a Hopper
+GPU. What cannot run is left out, with its reason. The record is
+`experiments/results/bench/attention_DEVICE.json`; its "blocks" are to be written into
+`pallas_kernels/attention/pallas_gpu.py`.
+
+Not run on a GPU yet.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.bench import _attention_contestants as contestants
+from experiments.bench import _attention_device as device
+from experiments.bench import _timing as timing
+from experiments.bench._attention_calls import JAX, TORCH, Call, inputs
+from jaxzoo.training.command import experiment
+from jaxzoo.training.record import Claim, Report, Run
+
+RATIO, MEMORY, GROWTH = 1.2, 64.0, 2.2
+OURS = "jaxzoo"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    device: bool = False
+    """Times the GPU, not the CPU."""
+    length: int = 2048
+    """Tokens on the CPU; memory also for twice and four times as many."""
+    samples: int = 9
+    """Quiet ones of each contestant, on the CPU."""
+    seconds: float = 0.2
+    """Of one sample, on the CPU."""
+    patience: float = 60.0
+    """Seconds to wait for quiet, on the CPU."""
+    noise: float = 0.12
+    """Of a core, used by others."""
+    only: tuple[str, ...] = tuple(f"G{n}" for n in range(1, 10))
+    """Groups of workloads, on the GPU."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Head sizes for which blocks are tried, on the GPU."""
+    blocks: tuple[tuple[int, int], ...] = tuple(
+        (own, step) for own in (64, 128, 256) for step in (64, 128, 192)
+    )
+    """Positions that a block owns, and that it walks over at a time, on the GPU."""
+    minutes: float = 8.5
+    """No workload begins later than this, on the GPU."""
+    record: bool = True
+    """Also writes experiments/results/bench/attention_*.json."""
+
+
+PRESETS = {
+    "smoke": Config(
+        length=256, samples=2, seconds=0.02, patience=0.5, only=("G9",), widths=(64,),
+        blocks=((128, 64),), minutes=1.0, record=False,
+    ),
+    "quick": Config(
+        device=True, only=("G2", "G4", "G9"), widths=(128,),
+        blocks=((128, 64), (128, 128)), minutes=2.5, record=False,
+    ),
+    "full": Config(),
+}  # fmt: skip
+
+
+def main(config: Config, run: Run) -> Report:
+    """Times this machine's CPU, or its GPU."""
+    if config.device:
+        return device.measure(config, run, device.gpu())
+    return on_cpu(config, run)
+
+
+def on_cpu(config: Config, run: Run) -> Report:
+    """The time of forward and gradient against others', and their memory."""
+    call = _call(config.length)
+    shape = f"float32 causal, {call.length} tokens, 8 heads of 64"
+    metrics: dict[str, float] = {"load_before": os.getloadavg()[0]}
+    claims = []
+    contest = _contest(call, run)
+    values = {name: _flat(name, function()) for name, function in contest.items()}
+    for name, arrays in values.items():
+        error = max(map(timing.far, arrays, values[OURS]))
+        if error > 1e-4:
+            raise ArithmeticError(f"{name} and {OURS} differ by {error}.")
+        metrics[f"{name}/difference"] = error
+    measured = timing.measure(
+        contest, samples=config.samples, seconds=config.seconds,
+        patience=config.patience, noise=config.noise,
+    )  # fmt: skip
+    ours, quiet = measured[OURS]["median"], measured["quiet"]
+    metrics["quiet"] = quiet
+    rows = []
+    for name in contest:
+        median, least = (measured[name][k] for k in ("median", "min"))
+        ratio = ours / median
+        metrics |= {f"{name}/median_ms": median, f"{name}/min_ms": least}
+        metrics[f"{name}/ratio"] = ratio
+        rows.append((name, f"{median:.1f}", f"{least:.1f}", f"{ratio:.2f}"))
+        if name == TORCH and quiet >= timing.QUIET:
+            text = f"Forward and gradient, {shape}: our time over torch's"
+            claims.append(Claim(text, ratio, f"<= {RATIO:g}", ratio <= RATIO))
+    head = ("", "median (ms)", "min (ms)", "ours / it")
+    run.table(f"{shape}; {quiet} quiet samples of {measured['taken']}", head, rows)
+    memory = {n: temporary(n) for n in (call.length * times for times in (1, 2, 4))}
+    metrics |= {f"temporary/{n}_MiB": size for n, size in memory.items()}
+    sizes = list(memory.values())
+    growth = max(b / a for a, b in zip(sizes, sizes[1:], strict=False))
+    claims += [
+        Claim(
+            f"Forward and gradient, {shape}: MiB of temporary memory",
+            sizes[0], f"<= {MEMORY:g}", sizes[0] <= MEMORY,
+        ),
+        Claim(
+            f"its growth per doubling of the length up to {max(memory)}",
+            growth, f"<= {GROWTH:g}", growth <= GROWTH,
+        ),
+    ]  # fmt: skip
+    if config.record:
+        path = timing.RESULTS / "attention_cpu.json"
+        timing.write_record(path, dataclasses.asdict(config), claims, metrics)
+    return Report(claims, metrics, [])
+
+
+def temporary(length: int) -> float:
+    """MiB of temporary memory that forward and gradient take."""
+    call = _call(length)
+    arrays = jax.eval_shape(lambda: inputs(call)[0])
+    analysis: Any = _both(call, "xla").lower(*arrays).compile().memory_analysis()
+    return analysis.temp_size_in_bytes / 2**20
+
+
+def _call(length: int) -> Call:
+    return Call(1, length, 8, 64, dtype="float32")
+
+
+def _both(call: Call, name: str) -> Any:
+    """`(q, k, v, d_out) -> (out, (dq, dk, dv))`, compiled at its first call."""
+    function, beside = contestants.contestant(name, call, "xla")
+
+    def both(q: Any, k: Any, v: Any, d_out: Any) -> Any:
+        out, pull = jax.vjp(lambda *args: function(*args, beside), q, k, v)
+        return out, pull(d_out)
+
+    return jax.jit(both)
+
+
+def _contest(call: Call, run: Run) -> dict[str, Callable[[], Any]]:
+    """Calls that wait for the output and the gradients, and give them."""
+    arrays, _ = inputs(call)
+    ours, theirs = (_both(call, name) for name in ("xla", JAX))
+    calls: dict[str, Callable[[], Any]] = {
+        OURS: lambda: jax.block_until_ready(ours(*arrays)),
+        JAX: lambda: jax.block_until_ready(theirs(*arrays)),
+    }
+    try:
+        calls[TORCH] = contestants.in_torch(call, arrays).both
+    except ImportError:
+        run.say("torch is not installed: there is no ratio to its time.")
+    return calls
+
+
+def _flat(name: str, value: Any) -> list[np.ndarray]:
+    """out, dq, dk and dv as `[B, T, N, H]`."""
+    out, gradients = value
+    arrays = [np.asarray(x) for x in (out, *gradients)]
+    return [x.swapaxes(1, 2) for x in arrays] if name == TORCH else arrays
+
+
+if __name__ == "__main__":
+    experiment(main, PRESETS)
