@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["Kernels", "choose", "machine", "reverse_alone"]
+__all__ = ["Kernels", "choose", "machine", "named_in_forward_mode", "reverse_alone"]
 
 # For each kernel the machine that it is made for, and why it cannot do a call, if so.
 Kernels = dict[str, tuple[str, Callable[..., str | None]]]
@@ -107,9 +107,39 @@ def reverse_alone(operation: str, function: Callable[..., Any]) -> Callable[...,
 
     @call.defjvp
     def _(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"{operation} by a Pallas kernel has first derivatives in reverse mode "
-            'alone: implementation="xla" has them of any order in both modes.'
-        )
+        raise NotImplementedError(_lacks(operation))
 
     return call
+
+
+def named_in_forward_mode(
+    operation: str, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A `custom_vjp` function, whose error in forward mode says what has that mode.
+
+    Under `jit` the error comes from the compiler, outside of this call, and is jax's.
+
+    Args:
+        operation: its name in the error.
+        function: with reverse mode alone.
+
+    Raises:
+        NotImplementedError: the function that is returned meets `jax.jvp`.
+    """
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise NotImplementedError(_lacks(operation)) from error
+
+    return call
+
+
+def _lacks(operation: str) -> str:
+    return (
+        f"{operation} by a Pallas kernel has first derivatives in reverse mode "
+        'alone: implementation="xla" has them of any order in both modes.'
+    )

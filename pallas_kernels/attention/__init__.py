@@ -22,7 +22,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pallas_kernels.attention import pallas_gpu, pallas_tpu, ref, xla
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.pattern import Extras, Pattern
-from pallas_kernels.dispatch import Kernels, choose, reverse_alone
+from pallas_kernels.dispatch import (
+    Kernels,
+    choose,
+    named_in_forward_mode,
+    reverse_alone,
+)
 
 PAPER = {
     "slug": "flash_attention2",
@@ -66,7 +71,7 @@ def _with_gradient(kernels: Any) -> Callable:
         return dq, dk, dv, Extras(sinks=d_sinks)
 
     attend.defvjp(forward, backward)
-    return attend
+    return named_in_forward_mode("attention", attend)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {

@@ -506,8 +506,10 @@ def test_what_the_tpu_kernels_lack_is_said_and_names_xla(interpreted):
 
     with pytest.raises(NotImplementedError, match='implementation="xla" has them'):
         jax.jvp(jax.grad(total), (QKV[0],), (QKV[0],))
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(NotImplementedError, match='implementation="xla" has them'):
         jax.jvp(total, (QKV[0],), (QKV[0],))
+    with pytest.raises(TypeError, match="forward-mode"):  # from the compiler
+        jax.jvp(jax.jit(total), (QKV[0],), (QKV[0],))
 
 
 BAD = {
