@@ -21,29 +21,23 @@ left out.
 
 import dataclasses
 import functools
-import json
 import os
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import _timing as timing
 from experiments.ssl import _ring
 from jaxzoo.ssl.contrastive_sufficiency import info_nce
 from jaxzoo.ssl.siglip import siglip_loss
 from jaxzoo.ssl.vicreg import vicreg_loss
 from jaxzoo.training.command import experiment
-from jaxzoo.training.record import Claim, Report, Run, environment
+from jaxzoo.training.record import Claim, Report, Run
 
-RESULT = Path(__file__).parents[1] / "results" / "bench" / "losses.json"
-QUIET = 5  # samples that a claim needs
 SHARDS = 5.0  # the bound on the ring's memory
-
-Call = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,24 +171,6 @@ def contestants(work: Workload, compiled: bool) -> dict[str, Callable[[], float]
     return calls
 
 
-def _busy() -> float:
-    """Seconds that all cores have worked so far, for anybody."""
-    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, soft = map(int, words[:7])
-    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
-
-
-def sample(call: Call, turns: int) -> tuple[float, float]:
-    """Seconds per call, and the share of a core that others used meanwhile."""
-    time.sleep(0.05)  # torch's threads spin a while after their work
-    busy, own, begin = _busy(), time.process_time(), time.perf_counter()
-    for _ in range(turns):
-        call()
-    wall = time.perf_counter() - begin
-    others = _busy() - busy - (time.process_time() - own)
-    return wall / turns, others / wall
-
-
 def measure(work: Workload, config: Config, run: Run) -> dict[str, Any]:
     """Median and least milliseconds of every contestant, and how many were quiet."""
     calls = contestants(work, config.compiled)
@@ -204,31 +180,17 @@ def measure(work: Workload, config: Config, run: Run) -> dict[str, Any]:
             raise ArithmeticError(
                 f"{work.name}: {name} gives {value}, jaxzoo {values['jaxzoo']}."
             )
-    turns = {}
-    for name, call in calls.items():
-        call()
-        turns[name] = max(1, int(config.seconds / sample(call, 3)[0]))
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    quiet = dict.fromkeys(calls, 0)
-    begin = time.monotonic()
-    while min(quiet.values()) < config.samples:
-        for name, call in calls.items():
-            taken[name].append(sample(call, turns[name]))
-            quiet[name] += taken[name][-1][1] < config.noise
-        if time.monotonic() - begin > config.patience:
-            break
-    out: dict[str, Any] = {"quiet": min(quiet.values())}
-    for name, samples in taken.items():
-        calm = [s for s, others in samples if others < config.noise]
-        times = calm if out["quiet"] >= QUIET else [s for s, _ in samples]
-        out[name] = {"median": 1e3 * np.median(times), "min": 1e3 * np.min(times)}
-    run.say(f"{work.name}: {out['quiet']} quiet samples of {len(samples)}")
+    out = timing.measure(
+        calls, samples=config.samples, seconds=config.seconds,
+        patience=config.patience, noise=config.noise,
+    )  # fmt: skip
+    run.say(f"{work.name}: {out['quiet']} quiet samples of {out.pop('taken')}")
     return out
 
 
 def ratio_claim(work: Workload, measured: dict[str, Any]) -> Claim | None:
     """Our median over the peer's; None where nothing can be said."""
-    if "torch" not in measured or measured["quiet"] < QUIET:
+    if "torch" not in measured or measured["quiet"] < timing.QUIET:
         return None
     ratio = measured["jaxzoo"]["median"] / measured["torch"]["median"]
     rows, width = work.shape
@@ -274,27 +236,9 @@ def main(config: Config, run: Run) -> Report:
     metrics |= {f"shards/batch_{b}": s for b, s in memory["shards"].items()}
     metrics |= {f"gathered/batch_{b}": s for b, s in memory["gathered_shards"].items()}
     if config.record:
-        _write(config, claims, metrics)
+        path = timing.RESULTS / "losses.json"
+        timing.write_record(path, dataclasses.asdict(config), claims, metrics)
     return Report(claims, metrics, [])
-
-
-def _write(config: Config, claims: list[Claim], metrics: dict[str, float]) -> None:
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "slug": "losses",
-        "topic": "bench",
-        "config": dataclasses.asdict(config),
-        "claims": [claim._asdict() for claim in claims],
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        **environment(),
-    }
-    record = {**record, "claims": [{k: _plain(v) for k, v in c.items()}
-                                   for c in record["claims"]]}  # fmt: skip
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 if __name__ == "__main__":
