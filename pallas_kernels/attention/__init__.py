@@ -39,9 +39,9 @@ PAPER = {
     "where": "Algorithms 1 and 2: one pass over key blocks with a running maximum, "
     "divided once at the end; only out and log-sum-exp are kept; five products in the "
     "backward pass; section 3.1.1 (causal blocks), 3.1.2 (grouped queries).",
-    "differs": "Biases, windows, segments, sinks, softcap and dropout are ours. The "
-    "gradient in XLA is the transpose of a linear map over the same blocks, which the "
-    "paper's algorithm 2 is; nothing in it adds atomically.",
+    "differs": "Biases, windows, segments, sinks, softcap and dropout are ours. In XLA "
+    "algorithm 2 is written as a linear map, so that JAX makes forward mode of it by "
+    "transposing. Nothing adds atomically: on TPUs and GPUs dQ has a kernel of its own.",
 }
 
 __all__ = ["Dropout", "attention", "decode_attention", "shifted_groups"]
