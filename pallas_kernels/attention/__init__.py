@@ -41,7 +41,7 @@ PAPER = {
     "backward pass; section 3.1.1 (causal blocks), 3.1.2 (grouped queries).",
     "differs": "Biases, windows, segments, sinks, softcap and dropout are ours. In XLA "
     "algorithm 2 is written as a linear map, so that JAX makes forward mode of it by "
-    "transposing. Nothing adds atomically: on TPUs and GPUs dQ has a kernel of its own.",
+    "transposing. Nothing adds atomically: on TPUs and GPUs dQ has its own kernel.",
 }
 
 __all__ = ["Dropout", "attention", "decode_attention", "shifted_groups"]
