@@ -8,10 +8,10 @@ open_clip's time, of `info_nce` as NT-Xent (1024 x 256) at most 0.40 of lightly'
     pip install -e ".[bench]"
     python -m experiments.bench.losses full    # a minute on 2 quiet cores
 
-Measured: VICReg 0.03, NT-Xent 0.32 to 0.37, CLIP's softmax 0.45 to 0.52 and SigLIP 0.85
-to 0.90 of PyTorch's time in four runs; the last misses its goal. The three products of
-SigLIP take 16.6 of its 19 ms here and as long in PyTorch, so that 0.85 is about the
-floor.
+Measured: VICReg 0.03, NT-Xent 0.32 to 0.37, CLIP's softmax 0.45 to 0.60 and SigLIP 0.85
+to 1.00 of PyTorch's time in ten runs; the last misses its goal. With AVX-512 the three
+products of SigLIP take 16.6 of its 19 ms here and as long in PyTorch, so that 0.85 is
+about the floor.
 
 All contestants run in one process on the same inputs, in turn; values are compared
 first. A sample counts where other programs used less than `noise` of a core meanwhile;

@@ -77,7 +77,8 @@ def compare() -> dict[str, Any]:
     def whole(image, text, log_scale, bias):
         return siglip_loss(image, text, log_scale=log_scale, bias=bias)[0]
 
-    expected = jax.tree.leaves(jax.value_and_grad(whole, (0, 1, 2, 3))(*args))
+    gradient = jax.jit(jax.value_and_grad(whole, (0, 1, 2, 3)))
+    expected = jax.tree.leaves(gradient(*args))
     error = []
     for devices in DEVICES:
         got = jax.tree.leaves(jax.block_until_ready(over(devices, ring)(*args)))
