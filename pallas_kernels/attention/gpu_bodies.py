@@ -15,7 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.gpu_tiles import (
-    LOG2E,
     WHOLE,
     Beside,
     Cut,
@@ -29,6 +28,7 @@ from pallas_kernels.attention.gpu_tiles import (
     vector,
     walk,
 )
+from pallas_kernels.attention.tiles import LOG2E
 from pallas_kernels.mosaic_gpu import Products, Ring, by_roles, full
 
 __all__ = ["forward_body", "keys_body", "queries_body"]

@@ -10,7 +10,6 @@ reads zeros and writes nothing. Vectors are padded to whole blocks.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,15 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.pattern import Extras, allowed, keep
-from pallas_kernels.attention.tiles import Sides, Tiling, ranges, sides
+from pallas_kernels.attention.tiles import LOG2E, Sides, Tiling, ranges, sides
 
 __all__ = [
-    "LOG2E", "WHOLE", "Beside", "Cut", "Ids", "Place", "cut", "dropped", "logits",
+    "WHOLE", "Beside", "Cut", "Ids", "Place", "cut", "dropped", "logits",
     "masked", "place", "spans", "spread", "vector", "walk",
 ]  # fmt: skip
 
 NEVER = -2e30  # the logit of a pair that does not count
-LOG2E = math.log2(math.e)
 WHOLE = plgpu.Layout.WGMMA  # of a tile in registers
 
 

@@ -27,9 +27,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.attention.fold import folded
 from pallas_kernels.attention.gpu_bodies import forward_body, keys_body, queries_body
-from pallas_kernels.attention.gpu_tiles import LOG2E, Beside, Cut, cut
+from pallas_kernels.attention.gpu_tiles import Beside, Cut, cut
 from pallas_kernels.attention.pattern import Extras, Pattern
-from pallas_kernels.attention.tiles import Tiling, pad
+from pallas_kernels.attention.tiles import Tiling, pad, row_sums
 
 __all__ = ["BLOCKS", "backward", "forward", "unsupported"]
 
@@ -185,16 +185,7 @@ def _backward(
     pattern: Pattern, interpret: Any, q: Any, k: Any, v: Any, extras: Extras,
     out: Any, lse: Any, d_out: Any, d_lse: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
-    seen = lse > -jnp.inf
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    delta -= jnp.where(seen, d_lse.astype(jnp.float32), 0.0)
-    d_sinks = None
-    if extras.sinks is not None:
-        sinks = extras.sinks[None, :, :, None]
-        share = jnp.exp(jnp.where(seen, sinks - lse, -jnp.inf))  # pyright: ignore
-        d_sinks = -jnp.sum(share * delta, axis=(0, 3)).astype(extras.sinks.dtype)
-    lse = jnp.where(seen, lse, 0.0) * LOG2E
-
+    lse, delta, d_sinks = row_sums(extras, out, lse, d_out, d_lse)
     by_queries, by_keys = (_cut(pattern, q, k, extras, x) for x in ("dq", "dkv"))
     (batch, heads, groups, length, width), dtype = q.shape, q.dtype
     last = by_queries[0].width

@@ -21,7 +21,6 @@ maximum starts: its weight is 0 even in a row that sees nothing. Products are ex
 float32 (HIGHEST) for float32 inputs, native for bfloat16; all sums are float32.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.pattern import Extras, Pattern
-from pallas_kernels.attention.tiles import Sides, Tiling, pad, sides
+from pallas_kernels.attention.tiles import LOG2E, Sides, Tiling, pad, row_sums, sides
 from pallas_kernels.attention.tpu_call import call
 from pallas_kernels.attention.tpu_tiles import (
     LANES,
@@ -47,7 +46,6 @@ __all__ = ["backward", "forward", "unsupported"]
 
 NEVER = -2e30  # the logit of a pair that does not count
 START = -1e30  # where the running maximum starts
-LOG2E = math.log2(math.e)
 
 
 def unsupported(
@@ -158,18 +156,8 @@ def backward(
         and `d_sinks` `[K, G]`, None without sinks.
     """
     tiles = tiling(pattern, q, k, pattern.tile or _size(q, True))
-    seen = lse > -jnp.inf
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    if d_lse is not None:
-        delta -= jnp.where(seen, d_lse.astype(jnp.float32), 0.0)
-    d_sinks = None
-    if extras.sinks is not None:
-        sinks = extras.sinks[None, :, :, None]
-        share = jnp.exp(jnp.where(seen, sinks - lse, -jnp.inf))  # pyright: ignore
-        d_sinks = -jnp.sum(share * delta, axis=(0, 3)).astype(extras.sinks.dtype)
-
     masks = sides(tiles, extras)
-    lse = jnp.where(seen, lse, 0.0) * LOG2E
+    lse, delta, d_sinks = row_sums(extras, out, lse, d_out, d_lse)
     lse, delta = (pad(x[:, :, :, None], 4, tiles.rows) for x in (lse, delta))
     dtype = q.dtype
     q, k, v = _whole_blocks(tiles, q, k, v)

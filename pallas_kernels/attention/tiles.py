@@ -6,6 +6,7 @@ finds beforehand from the window, the ids and the masks; what lies outside is ne
 computed nor fetched. A kernel that owns keys walks over queries in the same way.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,12 @@ import numpy as np
 
 from pallas_kernels.attention.pattern import Extras, Pattern, needed
 
-__all__ = ["TABLE", "Sides", "Tiling", "pad", "ranges", "sides"]
+__all__ = [
+    "LOG2E", "TABLE", "Sides", "Tiling", "pad", "ranges", "row_sums", "sides",
+]  # fmt: skip
+
+# Exponentials are of base 2 in the kernels.
+LOG2E = math.log2(math.e)
 
 # Entries of a table of ranges: two tables of int32 have to fit into 1 MiB of the scalar
 # memory of a TPU.
@@ -66,6 +72,33 @@ def pad(x: jax.Array, axis: int, block: int, value: Any = 0) -> jax.Array:
     if value == "edge":
         return jnp.pad(x, widths, mode="edge")
     return jnp.pad(x, widths, constant_values=value)
+
+
+def row_sums(
+    extras: Extras, out: Any, lse: Any, d_out: Any, d_lse: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What the gradient needs of each query before it walks over the pairs.
+
+    Args:
+        extras: sinks are read.
+        out: of the forward pass, `[B, K, G, T, H]`.
+        lse: of the forward pass, `[B, K, G, T]`.
+        d_out: the gradient with respect to `out`.
+        d_lse: that with respect to `lse`; None: zero. Ignored where `lse` is -inf.
+
+    Returns:
+        `lse` to base 2, 0 where nothing counts; the sum of `out * d_out` less `d_lse`;
+        and the gradient of sinks, `[K, G]`, None without sinks.
+    """
+    seen = lse > -jnp.inf
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    if d_lse is not None:
+        delta -= jnp.where(seen, d_lse.astype(jnp.float32), 0.0)
+    d_sinks = None
+    if extras.sinks is not None:
+        share = jnp.exp(jnp.where(seen, extras.sinks[None, :, :, None] - lse, -jnp.inf))
+        d_sinks = -jnp.sum(share * delta, axis=(0, 3)).astype(extras.sinks.dtype)
+    return jnp.where(seen, lse, 0.0) * LOG2E, delta, d_sinks
 
 
 def sides(tiles: Tiling, extras: Extras) -> Sides:

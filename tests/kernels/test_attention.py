@@ -252,12 +252,20 @@ def check(case, implementation, seed):
         close(gradient, whole, bound)
 
 
+def every_pair(**_: Any) -> str:
+    return f"{len(CASES)} cases in which every pair of options occurs"
+
+
+@pytest.mark.stage(
+    "attention", "xla", "oracle", lambda: f"320 inputs drawn for {every_pair()}"
+)
 @settings(max_examples=320, deadline=None, derandomize=True)
 @given(st.integers(0, len(CASES) - 1), st.integers(0, 2**31 - 1))
 def test_xla_is_the_oracle(number, seed):
     check(CASES[number], "xla", seed)
 
 
+@pytest.mark.stage("attention", "ref", "oracle", every_pair)
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_ref_is_the_oracle(number):
     check(CASES[number], "ref", number)

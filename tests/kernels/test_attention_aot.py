@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from stages import heads_first
 
 from jaxzoo.training import topology
 from pallas_kernels.attention import pallas_tpu as tpu
@@ -68,25 +69,42 @@ def temporary(compiled) -> int:
     return analysis.temp_size_in_bytes
 
 
+def stage(describe):
+    """Marks a test as a case of compilation."""
+    return pytest.mark.stage("attention", "pallas_tpu", "compiled", describe)
+
+
+LENGTH = 32768
+
+
+def for_chip(dtype: Any, width: int, name: str) -> str:
+    shape = (1, 1, 2, LENGTH, LENGTH, width)
+    return f"{name.split(':')[0]}, causal: {heads_first(shape, dtype)}"
+
+
+def for_v5e(case: str, dtype: Any) -> str:
+    return f"v5e, {case}: {heads_first(CASES[case][2], dtype)}"
+
+
+@stage(for_chip)
 @pytest.mark.parametrize("name", ["v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"])
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [*((jnp.bfloat16, x) for x in (64, 128, 256)), (jnp.float32, 128)],
 )
 def test_compiles_for_long_sequences(dtype, width, name):
-    length = 32768
-    given = arrays(name, (1, 1, 2, length, length, width), dtype, Extras())
+    given = arrays(name, (1, 1, 2, LENGTH, LENGTH, width), dtype, Extras())
     used = temporaries(kernels, CAUSAL, given)
     # No more than copies of q, k and v in lanes of 128, and out: no logits.
     lanes = max(width, 128) * jnp.dtype(dtype).itemsize
-    assert used < 16 * length * lanes
+    assert used < 16 * LENGTH * lanes
 
 
 def test_temporaries_against_the_form_in_xla():
     """Seen: 0 against 52 MB; for a width of 256, 0 against 254 MB."""
     given = arrays("v5e:1x1", (2, 8, 1, 2048, 2048, 128), jnp.bfloat16, Extras())
     ours, theirs = (temporaries(f, CAUSAL, given) for f in (kernels, in_xla))
-    assert ours < theirs / 20
+    assert ours < theirs / 100
 
 
 CASES = {
@@ -120,6 +138,7 @@ CASES = {
 }  # fmt: skip
 
 
+@stage(for_v5e)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_with(case, dtype):

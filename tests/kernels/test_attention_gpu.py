@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_inputs import QUICKLY, SEED, SINKS, definition, far, ids, inputs, mask
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from stages import heads_first
 
 from pallas_kernels import attention as package
 from pallas_kernels import mosaic_gpu
@@ -16,50 +18,9 @@ from pallas_kernels.attention import pallas_gpu as gpu
 from pallas_kernels.attention.pattern import Extras, Pattern, allowed
 from pallas_kernels.attention.tiles import Tiling
 
-RNG = np.random.default_rng(0)
-SEED = jnp.array([3, 4], jnp.uint32)
-SINKS = jnp.array([[0.5, -jnp.inf], [2.0, -1.0]])
 NEW = pytest.mark.skipif(
     mosaic_gpu.unavailable() is not None, reason=mosaic_gpu.unavailable() or ""
 )
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
-def inputs(shape, dtype=jnp.bfloat16) -> Any:
-    """q, k, v, d_out, d_lse of a shape (B, K, G, T, S, H)."""
-    batch, heads, groups, queries, keys, width = shape
-    of_queries = (batch, heads, groups, queries, width)
-    of_keys = (batch, heads, keys, width)
-    shapes = (of_queries, of_keys, of_keys, of_queries, of_queries[:4])
-    arrays = [jnp.asarray(RNG.normal(size=x), jnp.float32) for x in shapes]
-    return *(x.astype(dtype) for x in arrays[:4]), arrays[4]
-
-
-def ids(*shape, last=3):
-    return jnp.asarray(np.sort(RNG.integers(0, last, shape), -1), jnp.int32)
-
-
-def mask(*shape):
-    return jnp.asarray(RNG.random(shape) < 0.4)
-
-
-def far(actual, expected):
-    """The largest difference, relative to the largest value."""
-    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    assert actual.shape == expected.shape
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(np.isfinite(actual), finite)
-    if not finite.any():
-        return 0.0
-    largest = np.abs(expected[finite]).max()
-    return np.abs(actual[finite] - expected[finite]).max() / max(largest, 1e-30)
 
 
 CASES = {
@@ -90,11 +51,17 @@ CASES = {
 }  # fmt: skip
 
 
+def stage(name, describe):
+    """Marks a test as a case of a stage of these kernels."""
+    return pytest.mark.stage("attention", "pallas_gpu", name, describe)
+
+
 @NEW
+@stage("simulated", lambda name: f"{name}: {heads_first(CASES[name][2], jnp.bfloat16)}")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition_and_no_thread_races(name):
     pattern, extras, shape = CASES[name]
-    arrays = inputs(shape)
+    arrays = inputs(shape, jnp.bfloat16)
     q, k, v, *_ = arrays
     assert gpu.unsupported(pattern, q, k, v, extras) is None
     simulated = mosaic_gpu.simulator()
@@ -108,19 +75,9 @@ def test_equals_the_definition_and_no_thread_races(name):
         assert d_bias is None
         return out, lse, *gradients, d_sinks
 
-    @QUICKLY
-    def definition(q, k, v, d_out, d_lse, extras):
-        def attend(q, k, v, sinks):
-            return ref.attend(pattern, q, k, v, extras._replace(sinks=sinks))
-
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        (out, lse), back = jax.vjp(attend, q, k, v, extras.sinks)
-        d_lse = jnp.where(lse > -jnp.inf, d_lse, 0.0)
-        return out, lse, *back((d_out.astype(out.dtype), d_lse))
-
     with mosaic_gpu.simulation():
         actual = jax.block_until_ready(kernels(*arrays, extras))
-    expected = definition(*arrays, extras)
+    expected = definition(pattern, *arrays, extras)
     names = ("out", "lse", "dq", "dk", "dv", "d_sinks")
     for name, a, b in zip(names, actual, expected, strict=True):
         assert (a is None) == (b is None)
@@ -131,7 +88,7 @@ def test_equals_the_definition_and_no_thread_races(name):
 @NEW
 def test_a_missing_barrier_is_found(monkeypatch):
     """A reader that releases a block before it has read it."""
-    q, k, v, *_ = inputs((1, 1, 1, 70, 400, 64))
+    q, k, v, *_ = inputs((1, 1, 1, 70, 400, 64), jnp.bfloat16)
     take = mosaic_gpu.Ring.take
 
     release = mosaic_gpu.Ring.release
@@ -193,7 +150,7 @@ def test_tiles_without_a_mask_need_none_and_no_tile_is_left_out(pattern, by_keys
 
 
 def test_vmap_makes_a_longer_batch():
-    q, k, v, *_ = inputs((6, 2, 1, 9, 9, 4), jnp.float32)
+    q, k, v, *_ = inputs((6, 2, 1, 9, 9, 4))
     stacked = [x.reshape(3, 2, *x.shape[1:]) for x in (q, k, v)]
     of = ids(3, 1, 1, 1, 9)
     shapes = []
@@ -217,7 +174,7 @@ def test_vmap_makes_a_longer_batch():
 
 
 def test_vmap_over_dropout_and_sinks_is_a_loop_that_drops_the_same():
-    q, k, v, *_ = inputs((4, 1, 2, 9, 9, 4), jnp.float32)
+    q, k, v, *_ = inputs((4, 1, 2, 9, 9, 4))
     stacked = [x.reshape(2, 2, *x.shape[1:]) for x in (q, k, v)]
     pattern = Pattern(0.3, drop=0.3)
     seeds = jnp.arange(4, dtype=jnp.uint32).reshape(2, 2)
@@ -242,7 +199,12 @@ def lowered(function, *arrays):
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def of_width(dtype: Any, width: int) -> str:
+    return f"causal: {heads_first((1, 2, 2, 300, 300, width), dtype)}"
+
+
 @NEW
+@stage("lowered", of_width)
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_lowers_for_cuda_behind_the_same_call(dtype, width, monkeypatch, capsys):
@@ -260,7 +222,7 @@ def test_lowers_for_cuda_behind_the_same_call(dtype, width, monkeypatch, capsys)
 
 
 def test_what_it_cannot_do_is_said_in_a_sentence(monkeypatch):
-    q, k, v, *_ = inputs((1, 1, 1, 8, 8, 8))
+    q, k, v, *_ = inputs((1, 1, 1, 8, 8, 8), jnp.bfloat16)
     plain = Pattern(0.3)
     for (a, b, c), extras, word in (
         ([x.astype(jnp.float32) for x in (q, k, v)], Extras(), "float32"),

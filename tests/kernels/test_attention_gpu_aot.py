@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from stages import heads_first
 
 from jaxzoo.training import topology
 from pallas_kernels.attention import pallas_gpu as gpu
@@ -63,6 +64,11 @@ def compiled(pattern: Pattern, extras: dict[str, Any], shape: tuple[int, ...]) -
         return jax.jit(gradient).lower(q, k, k, q, d_lse, beside).compile()
 
 
+def for_h100(case: str) -> str:
+    return f"H100, {case}: {heads_first(CASES[case][2], jnp.bfloat16)}"
+
+
+@pytest.mark.stage("attention", "pallas_gpu", "compiled", for_h100)
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_an_h100(case, monkeypatch, tmp_path):
     """Within its shared memory and its registers; nothing is copied on the way."""

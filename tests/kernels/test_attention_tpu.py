@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_inputs import QUICKLY, SEED, SINKS, definition, far, ids, inputs, mask
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from stages import heads_first
 
 from pallas_kernels.attention import pallas_tpu as tpu
 from pallas_kernels.attention import ref
@@ -18,50 +20,8 @@ from pallas_kernels.attention.pattern import Extras, Pattern, allowed
 from pallas_kernels.attention.tiles import ranges, sides
 from pallas_kernels.attention.tpu_tiles import tiling
 
-RNG = np.random.default_rng(0)
 TILE = (128, 128)
-SEED = jnp.array([3, 4], jnp.uint32)
 PLAIN = Pattern(0.3, right=0)
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
-def inputs(shape, dtype=jnp.float32) -> Any:
-    """q, k, v, d_out, d_lse of a shape (B, K, G, T, S, H)."""
-    batch, heads, groups, queries, keys, width = shape
-    of_queries, of_keys = (
-        (batch, heads, groups, queries, width),
-        (batch, heads, keys, width),
-    )
-    shapes = (of_queries, of_keys, of_keys, of_queries, of_queries[:4])
-    arrays = [jnp.asarray(RNG.normal(size=x), jnp.float32) for x in shapes]
-    return *(x.astype(dtype) for x in arrays[:4]), arrays[4]
-
-
-def ids(*shape, last=3):
-    return jnp.asarray(np.sort(RNG.integers(0, last, shape), -1), jnp.int32)
-
-
-def mask(*shape):
-    return jnp.asarray(RNG.random(shape) < 0.4)
-
-
-def far(actual, expected):
-    """The largest difference, relative to the largest value."""
-    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    assert actual.shape == expected.shape
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(np.isfinite(actual), finite)
-    if not finite.any():
-        return 0.0
-    largest = np.abs(expected[finite]).max()
-    return np.abs(actual[finite] - expected[finite]).max() / max(largest, 1e-30)
 
 
 def both(pattern, extras, arrays, *, interpret: Any = True):
@@ -78,19 +38,9 @@ def both(pattern, extras, arrays, *, interpret: Any = True):
         assert d_bias is None
         return out, lse, *gradients, d_sinks
 
-    @QUICKLY
-    def definition(q, k, v, d_out, d_lse, extras):
-        def attend(q, k, v, sinks):
-            return ref.attend(pattern, q, k, v, extras._replace(sinks=sinks))
-
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        (out, lse), back = jax.vjp(attend, q, k, v, extras.sinks)
-        d_lse = jnp.where(lse > -jnp.inf, d_lse, 0.0)
-        return out, lse, *back((d_out.astype(out.dtype), d_lse))
-
     q, k, v, *_ = arrays
     assert tpu.unsupported(pattern, q, k, v, extras) is None
-    return kernels(*arrays, extras), definition(*arrays, extras)
+    return kernels(*arrays, extras), definition(pattern, *arrays, extras)
 
 
 def assert_equal(pattern, extras, arrays, tolerance=1e-5, **knobs):
@@ -102,7 +52,6 @@ def assert_equal(pattern, extras, arrays, tolerance=1e-5, **knobs):
             assert far(a, b) < tolerance, name
 
 
-SINKS = jnp.array([[0.5, -jnp.inf], [2.0, -1.0]])
 CASES = {
     "causal, grouped": (Pattern(0.3, right=0), Extras(), (2, 1, 2, 300, 300, 8)),
     "two-sided window": (Pattern(0.3, 40, 30), Extras(), (1, 2, 1, 300, 333, 8)),
@@ -150,12 +99,23 @@ CASES = {
 }  # fmt: skip
 
 
+def stage(name, describe):
+    """Marks a test as a case of a stage of these kernels."""
+    return pytest.mark.stage("attention", "pallas_tpu", name, describe)
+
+
+def described(name: str, dtype: str = "float32") -> str:
+    return f"{name}: {heads_first(CASES[name][2], dtype)}"
+
+
+@stage("interpreted", described)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition(name):
     pattern, extras, shape = CASES[name]
     assert_equal(pattern, extras, inputs(shape))
 
 
+@stage("oracle", lambda: f"causal: {heads_first((1, 1, 1, 150, 150, 16))}")
 def test_equals_float64():
     pattern, (q, k, v, d_out, d_lse) = (
         Pattern(0.4, right=0),
@@ -176,6 +136,7 @@ def test_equals_float64():
         assert far(np.asarray(a).reshape(b.shape), b) < 1e-5
 
 
+@stage("interpreted", functools.partial(described, dtype="bfloat16"))
 @pytest.mark.parametrize("name", ["causal, grouped", "all"])
 def test_bfloat16(name):
     pattern, extras, shape = CASES[name]
@@ -248,13 +209,16 @@ def races() -> bool:
     return bool(getattr(importlib.import_module(module).races, "races_found", False))
 
 
+RACED = (1, 2, 2, 140, 150, 8)
+
+
+@stage("simulated", lambda name: f"{name}: {heads_first(RACED)}")
 @pytest.mark.parametrize("name", ["causal, grouped", "all"])
 def test_no_races_and_nothing_read_before_it_is_written(name):
     pattern, extras, _ = CASES[name]
-    shape = (1, 2, 2, 140, 150, 8)
     interpret = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait")
     try:
-        assert_equal(pattern, extras, inputs(shape), interpret=interpret)
+        assert_equal(pattern, extras, inputs(RACED), interpret=interpret)
         assert not races()
     finally:
         pltpu.reset_tpu_interpret_mode_state()
@@ -270,6 +234,11 @@ def lowered(pattern, extras, shape, dtype, **knobs):
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def causal_of_width(dtype: Any, width: int) -> str:
+    return f"causal: {heads_first((1, 1, 2, 2048, 2048, width), dtype)}"
+
+
+@stage("lowered", causal_of_width)
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_tpu(dtype, width):
@@ -277,6 +246,7 @@ def test_lowers_for_tpu(dtype, width):
     assert text.count("tpu_custom_call") == 3
 
 
+@stage("lowered", functools.partial(described, dtype="bfloat16"))
 @pytest.mark.parametrize("name", CASES)
 def test_everything_lowers_for_tpu(name):
     pattern, extras, shape = CASES[name]
