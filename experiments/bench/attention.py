@@ -18,8 +18,8 @@ GPU. What cannot run is left out, with its reason. The record is
 `pallas_kernels/attention/pallas_gpu.py`.
 
 Measured on 2 cores without AVX-512, jax 0.12: 1.13 and 1.17 of torch's time; 28, 56 and
-113 MiB at 2048, 4096 and 8192 tokens. On jax 0.10.2 it was 2.05 of torch's time. Not run
-on a GPU yet.
+113 MiB at 2048, 4096 and 8192 tokens. On jax 0.10.2 it took 2.05 of torch's time. It
+has not run on a GPU yet.
 """
 
 import dataclasses

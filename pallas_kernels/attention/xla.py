@@ -42,7 +42,7 @@ from pallas_kernels.attention.xla_tiles import (
     wide,
     with_tiles,
 )
-from pallas_kernels.attention.xla_transpose import transpose_of
+from pallas_kernels.transpose import transpose_of
 
 __all__ = ["attend"]
 
