@@ -23,7 +23,6 @@ has not run on a GPU yet.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +31,12 @@ import numpy as np
 
 from experiments.bench import _attention_contestants as contestants
 from experiments.bench import _attention_device as device
-from experiments.bench import _timing as timing
 from experiments.bench._attention_calls import JAX, TORCH, Call, inputs
+from experiments.bench._contest import OURS, hold
 from jaxzoo.training.command import experiment
-from jaxzoo.training.record import Claim, Report, Run
+from jaxzoo.training.record import Report, Run
 
 RATIO, MEMORY, GROWTH = 1.2, 64.0, 2.2
-OURS = "jaxzoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,51 +91,12 @@ def on_cpu(config: Config, run: Run) -> Report:
     """The time of forward and gradient against others', and their memory."""
     call = _call(config.length)
     shape = f"float32 causal, {call.length} tokens, 8 heads of 64"
-    metrics: dict[str, float] = {"load_before": os.getloadavg()[0]}
-    claims = []
-    contest = _contest(call, run)
-    values = {name: _flat(name, function()) for name, function in contest.items()}
-    for name, arrays in values.items():
-        error = max(map(timing.far, arrays, values[OURS]))
-        if error > 1e-4:
-            raise ArithmeticError(f"{name} and {OURS} differ by {error}.")
-        metrics[f"{name}/difference"] = error
-    measured = timing.measure(
-        contest, samples=config.samples, seconds=config.seconds,
-        patience=config.patience, noise=config.noise,
+    lengths = [call.length * times for times in (1, 2, 4)]
+    return hold(
+        config, run, "attention", shape, _contest(call, run), flat=_flat,
+        bounds={TORCH: RATIO}, memory={n: temporary(n) for n in lengths},
+        most=(MEMORY, GROWTH),
     )  # fmt: skip
-    ours, quiet = measured[OURS]["median"], measured["quiet"]
-    metrics["quiet"] = quiet
-    rows = []
-    for name in contest:
-        median, least = (measured[name][k] for k in ("median", "min"))
-        ratio = ours / median
-        metrics |= {f"{name}/median_ms": median, f"{name}/min_ms": least}
-        metrics[f"{name}/ratio"] = ratio
-        rows.append((name, f"{median:.1f}", f"{least:.1f}", f"{ratio:.2f}"))
-        if name == TORCH and quiet >= timing.QUIET:
-            text = f"Forward and gradient, {shape}: our time over torch's"
-            claims.append(Claim(text, ratio, f"<= {RATIO:g}", ratio <= RATIO))
-    head = ("", "median (ms)", "min (ms)", "ours / it")
-    run.table(f"{shape}; {quiet} quiet samples of {measured['taken']}", head, rows)
-    memory = {n: temporary(n) for n in (call.length * times for times in (1, 2, 4))}
-    metrics |= {f"temporary/{n}_MiB": size for n, size in memory.items()}
-    sizes = list(memory.values())
-    growth = max(b / a for a, b in zip(sizes, sizes[1:], strict=False))
-    claims += [
-        Claim(
-            f"Forward and gradient, {shape}: MiB of temporary memory",
-            sizes[0], f"<= {MEMORY:g}", sizes[0] <= MEMORY,
-        ),
-        Claim(
-            f"its growth per doubling of the length up to {max(memory)}",
-            growth, f"<= {GROWTH:g}", growth <= GROWTH,
-        ),
-    ]  # fmt: skip
-    if config.record:
-        path = timing.RESULTS / "attention_cpu.json"
-        timing.write_record(path, dataclasses.asdict(config), claims, metrics)
-    return Report(claims, metrics, [])
 
 
 def temporary(length: int) -> float:

@@ -17,7 +17,6 @@ first. What is not installed is left out.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.bench import _timing as timing
+from experiments.bench._contest import OURS, hold
 from jaxzoo.training.command import experiment
-from jaxzoo.training.record import Claim, Report, Run
+from jaxzoo.training.record import Report, Run
 from pallas_kernels.selective_scan import selective_scan
 
-OURS, SCAN, ASSOCIATIVE, TORCH = "jaxzoo", "lax.scan", "associative_scan", "mambapy"
+SCAN, ASSOCIATIVE, TORCH = "lax.scan", "associative_scan", "mambapy"
 BOUNDS = {TORCH: 0.12, SCAN: 1 / 3, ASSOCIATIVE: 1 / 3}
 MEMORY, GROWTH = 9.0, 4.2
 
@@ -158,52 +157,14 @@ def contest(given: Inputs, run: Run) -> dict[str, Callable[[], Any]]:
 
 
 def main(config: Config, run: Run) -> Report:
-    metrics: dict[str, float] = {"load_before": os.getloadavg()[0]}
-    shape = f"{config.length} tokens, {config.channels} channels of {config.states}"
-    calls = contest(inputs(config, config.length), run)
-    values = {name: call() for name, call in calls.items()}
-    for name, arrays in values.items():
-        error = max(map(timing.far, arrays, values[OURS]))
-        if error > 1e-4:
-            raise ArithmeticError(f"{name} and {OURS} differ by {error}.")
-        metrics[f"{name}/difference"] = error
-    measured = timing.measure(
-        calls, samples=config.samples, seconds=config.seconds,
-        patience=config.patience, noise=config.noise,
+    lengths = [config.length * times for times in (1, 4, 16)]
+    return hold(
+        config, run, "ssm",
+        f"{config.length} tokens, {config.channels} channels of {config.states}",
+        contest(inputs(config, config.length), run), flat=lambda _, arrays: arrays,
+        bounds=BOUNDS, memory={n: temporary(config, n) for n in lengths},
+        most=(MEMORY, GROWTH),
     )  # fmt: skip
-    ours, quiet = measured[OURS]["median"], measured["quiet"]
-    metrics["quiet"] = quiet
-    claims, rows = [], []
-    for name in calls:
-        median, least = (measured[name][k] for k in ("median", "min"))
-        ratio = ours / median
-        metrics |= {f"{name}/median_ms": median, f"{name}/min_ms": least}
-        metrics[f"{name}/ratio"] = ratio
-        rows.append((name, f"{median:.1f}", f"{least:.1f}", f"{ratio:.2f}"))
-        if name in BOUNDS and quiet >= timing.QUIET:
-            bound = BOUNDS[name]
-            text = f"Forward and gradient, {shape}: our time over that of {name}"
-            claims.append(Claim(text, ratio, f"<= {bound:.2g}", ratio <= bound))
-    head = ("", "median (ms)", "min (ms)", "ours / it")
-    run.table(f"{shape}; {quiet} quiet samples of {measured['taken']}", head, rows)
-    memory = {n: temporary(config, n) for n in (config.length * k for k in (1, 4, 16))}
-    metrics |= {f"temporary/{n}_MiB": size for n, size in memory.items()}
-    sizes = list(memory.values())
-    growth = max(b / a for a, b in zip(sizes, sizes[1:], strict=False))
-    claims += [
-        Claim(
-            f"Forward and gradient, {shape}: MiB of temporary memory",
-            sizes[0], f"<= {MEMORY:g}", sizes[0] <= MEMORY,
-        ),
-        Claim(
-            f"its growth where the length grows by 4, up to {max(memory)}",
-            growth, f"<= {GROWTH:g}", growth <= GROWTH,
-        ),
-    ]  # fmt: skip
-    if config.record:
-        path = timing.RESULTS / "ssm_cpu.json"
-        timing.write_record(path, dataclasses.asdict(config), claims, metrics)
-    return Report(claims, metrics, [])
 
 
 if __name__ == "__main__":
