@@ -101,8 +101,6 @@ class Mamba(nn.Module):
         expand: channels of the scan per channel of the input.
         conv: width of the convolution.
         rank: of the map to the steps; None: width / 16, rounded up.
-        selective: False: steps, B and C are parameters, the same for every token, which
-            makes the scan the time-invariant S4D.
         dtype: compute dtype of products.
         implementation: of the scan; None: the best.
     """
@@ -112,7 +110,6 @@ class Mamba(nn.Module):
     expand: int = 2
     conv: int = 4
     rank: int | None = None
-    selective: bool = True
     dtype: Any = jnp.float32
     implementation: Any = None
 
@@ -128,7 +125,13 @@ class Mamba(nn.Module):
         channels = self.expand * self.width
         u, z = jnp.split(_dense(self, 2 * channels, "in_proj")(x), 2, axis=-1)
         u, inputs = _convolve(self, u, cache, segment_ids)
-        delta, b, c = self._selected(u) if self.selective else self._fixed(u)
+        rank = self.rank or -(-self.width // 16)
+        terms = _dense(self, rank + 2 * self.states, "x_proj")(u)
+        steps, b, c = jnp.split(terms, [rank, rank + self.states], axis=-1)
+        delta = nn.Dense(
+            channels, use_bias=False, kernel_init=_uniform(rank**-0.5), name="dt_proj",
+            dtype=self.dtype,
+        )(steps)  # fmt: skip
         A = -jnp.exp(self.param("A_log", _first_numbers, (channels, self.states)))
         knobs = {
             "D": self.param("D", nn.initializers.ones, (channels,)),
@@ -146,24 +149,6 @@ class Mamba(nn.Module):
                 return_final_state=True, implementation=self.implementation,
             )  # fmt: skip
         return _dense(self, self.width, "out_proj")(y), Cache(inputs, state)
-
-    def _selected(self, u: Array) -> tuple[Array, Array, Array]:
-        """Steps, B and C, which depend on the token."""
-        rank = self.rank or -(-self.width // 16)
-        terms = _dense(self, rank + 2 * self.states, "x_proj")(u)
-        steps, b, c = jnp.split(terms, [rank, rank + self.states], axis=-1)
-        to_delta = nn.Dense(
-            u.shape[-1], use_bias=False, kernel_init=_uniform(rank**-0.5),
-            name="dt_proj", dtype=self.dtype,
-        )  # fmt: skip
-        return to_delta(steps), b, c
-
-    def _fixed(self, u: Array) -> tuple[Array, Array, Array]:
-        """The same, of parameters alone."""
-        init, shape = nn.initializers.normal(1.0), (1, 1, self.states)
-        b, c = (self.param(name, init, shape) for name in ("B", "C"))
-        b, c = (jnp.broadcast_to(v, (*u.shape[:2], self.states)) for v in (b, c))
-        return jnp.zeros_like(u), b.astype(u.dtype), c.astype(u.dtype)
 
 
 class Mamba2(nn.Module):

@@ -136,7 +136,7 @@ def test_a_stack_is_its_blocks_in_turn():
     layers = params["params"]["layers"]
     x = X
     for i in range(2):
-        own = jax.tree.map(lambda v: v[i], layers)  # noqa: B023
+        own = jax.tree.map(lambda v, i=i: v[i], layers)
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
         part, cache = BLOCKS["Mamba-1"].apply({"params": own["mixer"]}, normed)
         for a, b in zip(caches, cache, strict=True):

@@ -180,8 +180,7 @@ def test_search_asks_a_measurement():
 
     def memory(*arrays):
         shape = jax.ShapeDtypeStruct((), jnp.float32)
-        call = lambda *x: jax.pure_callback(measured, shape, *x)  # noqa: E731
-        return jax.lax.map(lambda x: call(*x), arrays)
+        return jax.lax.map(lambda x: jax.pure_callback(measured, shape, *x), arrays)
 
     bins = jnp.array([[10, 3], [77, 9]])
     assert largest_batches(memory, bins, cap=1000.0).tolist() == [76, 11]
