@@ -32,7 +32,7 @@ from pallas_kernels.transpose import transpose_of
 
 __all__ = ["scan"]
 
-CHUNK = 64
+BYTES = 2**20  # of a chunk's states, which the gradient passes over several times
 
 
 def scan(rule: Rule, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +48,7 @@ def scan(rule: Rule, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """
     inputs = widened(inputs)
     length = inputs.u.shape[1]
-    size = max(1, min(rule.chunk or CHUNK, length))
+    size = max(1, min(rule.chunk or _chunk(inputs.start, length), length))
     dt = rates(rule, inputs.delta, inputs.delta_bias)
 
     def chunks(x: jax.Array) -> jax.Array:
@@ -63,6 +63,15 @@ def scan(rule: Rule, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     end, y = (_scan if written else _plain)(rule, inputs.A, inputs.start, tokens)
     y = jnp.moveaxis(y.reshape(-1, *y.shape[2:])[:length], 0, 1)
     return finished(inputs, y), end
+
+
+def _chunk(state: jax.Array, length: int) -> int:
+    """Tokens whose states stay in a core's cache, in chunks of equal lengths.
+
+    At least 16 of them, as the first state of each chunk is kept, and at most 64.
+    """
+    tokens = min(max(BYTES // (state.size * state.dtype.itemsize), 16), 64)
+    return -(-length // -(-length // tokens))
 
 
 def _plain(rule: Rule, A: jax.Array, start: jax.Array, tokens: Any) -> Any:
@@ -133,19 +142,24 @@ def _gradient(rule: Rule, saved: Any, changes: Any, differentiable: bool) -> Any
         power = jnp.exp(dt[:, :, :, None] * A[None, None])
         x = dt * u
 
-        def forth(h: jax.Array, xs: Any) -> Any:
-            power, x, B, reset = xs
-            h = power * kept(h, reset) + x[:, :, None] * B[..., None]
-            return h, h
+        def forth(t: Any, carry: Any) -> Any:
+            h, after = carry
+            h = power[t] * kept(h, reset if reset is None else reset[t])
+            h = h + x[t][:, :, None] * B[t][..., None]
+            return h, after.at[t].set(h)
 
-        _, after = lax.scan(forth, h, (power, x, B, reset))
+        def back(step: Any, carry: Any) -> Any:
+            t = size - 1 - step
+            g, gs = carry
+            g = g + C[t][..., None] * dy[t][:, :, None]
+            gs = gs.at[t].set(g)
+            return kept(power[t] * g, reset if reset is None else reset[t]), gs
 
-        def back(g: jax.Array, xs: Any) -> Any:
-            power, C, dy, reset = xs
-            g = g + C[..., None] * dy[:, :, None]
-            return kept(power * g, reset), g
-
-        g, gs = lax.scan(back, g, (power, C, dy, reset), reverse=True)
+        size, empty = len(power), jnp.zeros_like(power)
+        # Loops that index: under vmap a scan would move its axis to the front of
+        # `power` and of the states, the largest arrays here.
+        _, after = lax.fori_loop(0, size, forth, (h, empty))
+        g, gs = lax.fori_loop(0, size, back, (g, empty))
         before = kept(jnp.concatenate([h[None], after[:-1]]), reset)
         q = gs * power * before
         dC = jnp.einsum("tbgnp,tbgp->tbgn", after, dy)
