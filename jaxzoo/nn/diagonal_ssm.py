@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Complex, Float
 
-__all__ = ["DiagonalSSM", "fft_conv", "waves"]
+__all__ = ["DiagonalSSM", "DiagonalStack", "fft_conv", "waves"]
 
 
 def waves(
@@ -131,6 +131,47 @@ class DiagonalSSM(nn.Module):
         a = jax.lax.complex(-decay, turn)
         rates = step * a
         return waves(rates, weights * jnp.expm1(rates) / a, length)
+
+
+class DiagonalStack(nn.Module):
+    """Blocks with a norm before and a path around each, and a norm after the last.
+
+    A body for `language_model.LanguageModel`; it has no cache and no segments.
+
+    Attributes:
+        block: a `DiagonalSSM`.
+        depth: how many, run under `lax.scan`.
+    """
+
+    block: DiagonalSSM
+    depth: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], cache: None = None, *, segment_ids: None = None
+    ) -> tuple[Float[Array, "b t d"], None]:
+        """Returns the output, and None."""
+        if cache is not None or segment_ids is not None:
+            raise ValueError(
+                "arguments 'cache' and 'segment_ids' have to be None: a filter runs "
+                "over the whole sequence."
+            )
+        layers = nn.scan(
+            _Residual, variable_axes={"params": 0}, split_rngs={"params": True},
+            length=self.depth,
+        )  # fmt: skip
+        x, _ = layers(self.block, name="layers")(x, None)
+        return nn.RMSNorm(epsilon=1e-5)(x), None
+
+
+class _Residual(nn.Module):
+    block: DiagonalSSM
+
+    @nn.compact
+    def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+        normed = nn.RMSNorm(epsilon=1e-5)(x)
+        y = self.block.copy(name="mixer", parent=self)(normed)
+        return x + y.astype(x.dtype), None
 
 
 def _log_step(key: Array, shape: tuple[int, ...]) -> Array:

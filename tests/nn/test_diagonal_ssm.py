@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxzoo.nn.diagonal_ssm import DiagonalSSM, fft_conv, waves
+from jaxzoo.nn.diagonal_ssm import DiagonalSSM, DiagonalStack, fft_conv, waves
 
 WIDTH, STATES, LENGTH = 3, 4, 11
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
@@ -95,3 +95,21 @@ def test_bad_arguments_are_named():
         waves(jnp.zeros((1, 1), jnp.complex64), jnp.zeros((1, 1), jnp.complex64), 0)
     with pytest.raises(ValueError, match="'kind' is 's5'"):
         DiagonalSSM(WIDTH, kind="s5").init(jax.random.key(0), X)  # pyright: ignore
+
+
+def test_a_stack_is_its_blocks_in_turn():
+    block = DiagonalSSM(WIDTH, STATES)
+    stack = DiagonalStack(block, 2)
+    params = stack.init(jax.random.key(2), X)
+    found, _ = stack.apply(params, X)
+
+    def normed(x):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+
+    x = X
+    for i in range(2):
+        own = jax.tree.map(lambda v, i=i: v[i], params["params"]["layers"]["mixer"])
+        x = x + block.apply({"params": own}, normed(x))
+    np.testing.assert_allclose(found, normed(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'segment_ids'"):
+        stack.apply(params, X, segment_ids=jnp.zeros((2, LENGTH), int))
