@@ -4,10 +4,11 @@
     y, state = step(state, u, delta, A, B, C, D=D)                         # one token
 
 `implementation` says how: "ref" is the definition, "xla" runs on every backend and has
-derivatives of any order in both modes, "pallas_tpu" is a kernel with reverse mode
-alone. None takes the best that can do the call; with PALLAS_KERNELS_LOG=1 in the
-environment it says which one that is, and why no other. To compile for a TPU that is
-not there, set PALLAS_KERNELS_TARGET to "tpu".
+derivatives of any order in both modes, "pallas_tpu" and "pallas_gpu" are kernels (for
+TPU and for Hopper) with reverse mode alone. None takes the best that can do the call;
+with PALLAS_KERNELS_LOG=1 in the environment it says which one that is, and why no
+other. To compile for a machine that is not there, set PALLAS_KERNELS_TARGET to "tpu" or
+"hopper".
 """
 
 import functools
@@ -24,7 +25,7 @@ from pallas_kernels.dispatch import (
     named_in_forward_mode,
     reverse_alone,
 )
-from pallas_kernels.selective_scan import pallas_tpu, ref, shards, xla
+from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, ref, shards, xla
 from pallas_kernels.selective_scan.checks import checked, rule_of
 from pallas_kernels.selective_scan.decode import step
 from pallas_kernels.selective_scan.terms import Inputs, Rule, rates, wide
@@ -32,7 +33,7 @@ from pallas_kernels.sharded import alike, check_axis
 
 __all__ = ["selective_scan", "step"]
 
-Implementation = Literal["ref", "xla", "pallas_tpu"]
+Implementation = Literal["ref", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 def _with_gradient(kernels: Any) -> Callable:
@@ -62,8 +63,12 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "ref": ref.scan,
     "xla": xla.scan,
     "pallas_tpu": _with_gradient(pallas_tpu),
+    "pallas_gpu": _with_gradient(pallas_gpu),
 }
-KERNELS: Kernels = {"pallas_tpu": ("tpu", pallas_tpu.unsupported)}
+KERNELS: Kernels = {
+    "pallas_tpu": ("tpu", pallas_tpu.unsupported),
+    "pallas_gpu": ("hopper", pallas_gpu.unsupported),
+}
 
 
 def selective_scan(
@@ -114,7 +119,7 @@ def selective_scan(
         axis_name: the axis of `jax.shard_map` that T is split over, in order; None:
             the sequence is whole. Then `initial_state` is that of the whole, the same
             on every device, and so is the final state.
-        implementation: "ref", "xla", "pallas_tpu" or None.
+        implementation: "ref", "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
         `[B, T, D]` in the dtype of `u`; with `return_final_state` also `[B, D, N]`,

@@ -1,0 +1,100 @@
+"""The GPU kernels with the vendor's compiler: needs its wheels, no GPU."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxzoo.training import topology
+from pallas_kernels.selective_scan import selective_scan
+
+HOW = "needs the compiler: pip install jax-cuda13-plugin jax-cuda13-pjrt"
+SIZES = "B T D G N"
+
+
+def compiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Value and gradients of a call of (B, T, D, G, N) with everything, for an H100."""
+    mesh = Mesh(np.array(topology.devices("h100:1")), ("x",))
+    batch, length, channels, groups, states = shape
+
+    def array(*shape, dtype: Any = jnp.float32):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    of_tokens = array(batch, length, channels, dtype=dtype)
+    of_states = array(batch, length, groups, states, dtype=dtype)
+    floats = {
+        "u": of_tokens, "delta": of_tokens, "A": array(channels, states),
+        "B": of_states, "C": of_states, "D": array(channels), "z": of_tokens,
+        "delta_bias": array(channels), "initial_state": array(batch, channels, states),
+    }  # fmt: skip
+    ids = array(batch, length, dtype=jnp.int32)
+
+    def gradient(floats, ids, d_y):
+        scan = functools.partial(
+            selective_scan, delta_softplus=True, implementation="pallas_gpu"
+        )
+        y, back = jax.vjp(lambda floats: scan(**floats, segment_ids=ids), floats)
+        return y, back(d_y)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(gradient).lower(floats, ids, of_tokens).compile()
+
+
+def for_h100(shape: tuple[int, ...], dtype: Any) -> str:
+    sizes = zip(SIZES.split(), shape, strict=True)
+    return f"H100: {' '.join(f'{k}={n}' for k, n in sizes)} {jnp.dtype(dtype).name}"
+
+
+@pytest.mark.stage("selective_scan", "pallas_gpu", "compiled", for_h100)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (8, 2048, 1536, 1, 16),
+        (1, 65536, 1024, 1, 16),
+        (1, 4096, 5120, 1, 128),
+        (2, 333, 200, 2, 5),
+    ],
+    ids=str,
+)
+def test_compiles_for_an_h100(shape, dtype, monkeypatch, tmp_path):
+    """Within its shared memory and its registers; no two blocks add to one sum."""
+    pytest.importorskip("jax_cuda13_plugin", reason=HOW)
+    topology.prepare()
+    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "hopper")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    program = compiled(shape, dtype)
+    reports = [x.read_text() for x in tmp_path.glob("*.ptxas")]
+    found = [re.findall(r"(\d+) bytes spill|Used (\d+) registers", r) for r in reports]
+    spills = [int(spill) for r in found for spill, _ in r if spill]
+    registers = [int(used) for r in found for _, used in r if used]
+    assert len(registers) == 2 and spills == [0, 0, 0, 0]
+    assert max(registers) <= 255 and min(registers) <= 168  # three blocks to a core
+    resources = [x.read_text() for x in tmp_path.glob("*.resources.txt")]
+    shared = [int(re.findall(r"smem_scratch_bytes=(\d+)", x)[0]) for x in resources]
+    assert len(shared) == 2
+    if shape[-1] <= 16:  # of a core's 228 KiB each block takes 1 KiB more
+        assert max(shared) < 113 * 2**10
+    print(f"registers {registers}, spills {spills}, shared memory {shared}")
+    code = [x.read_text() for x in tmp_path.glob("*.ptx")]
+    assert len(code) == 2
+    assert not any(re.search(r"\b(atom|red)\.(global|gpu|relaxed)", x) for x in code)
+
+    # In float32: the states at the starts of chunks of 32, the gradients of B and C by
+    # blocks of 32 channels, B and C; nothing of T x D x N.
+    batch, length, channels, groups, states = shape
+    blocks, wide = -(-channels // groups // 32) * groups, -(-states // 16) * 16
+    tokens = batch * -(-length // 32) * 32
+    kept = 4 * tokens // 32 * blocks * 32 * wide
+    of_states = 4 * tokens * wide
+    copies = 8 * 4 * tokens * blocks * 32 if length % 8 or channels % 32 else 0
+    used = program.memory_analysis().temp_size_in_bytes
+    assert used <= kept + (2 * blocks + 8 * groups) * of_states + copies + 2**21
