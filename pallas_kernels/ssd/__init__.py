@@ -6,10 +6,10 @@
 
 `implementation` says how: "ref" is the recurrence token by token, "xla" has matrix
 products over chunks, runs on every backend and has derivatives of any order in both
-modes, "pallas_tpu" is a kernel with reverse mode alone. None takes the best that can do
-the call; with PALLAS_KERNELS_LOG=1 in the environment it says which one that is, and
-why no other. To compile for a TPU that is not there, set PALLAS_KERNELS_TARGET to
-"tpu".
+modes, "pallas_tpu" and "pallas_gpu" (Hopper) are kernels with reverse mode alone. None
+takes the best that can do the call; with PALLAS_KERNELS_LOG=1 in the environment it
+says which one that is, and why no other. To compile for a machine that is not there,
+set PALLAS_KERNELS_TARGET to "tpu" or "hopper".
 
 Source: Dao and Gu, "Transformers are SSMs", https://arxiv.org/abs/2405.21060, section 6
 and listing 1; names and layout are those of `mamba_chunk_scan_combined` in its released
@@ -30,7 +30,7 @@ from pallas_kernels.dispatch import (
     reverse_alone,
 )
 from pallas_kernels.sharded import alike, check_axis
-from pallas_kernels.ssd import pallas_tpu, ref, shards, xla
+from pallas_kernels.ssd import pallas_gpu, pallas_tpu, ref, shards, xla
 from pallas_kernels.ssd.arguments import (
     fits,
     normal,
@@ -42,7 +42,7 @@ from pallas_kernels.ssd.form import Inputs
 
 __all__ = ["ssd", "step"]
 
-Implementation = Literal["ref", "xla", "pallas_tpu"]
+Implementation = Literal["ref", "xla", "pallas_tpu", "pallas_gpu"]
 
 
 def _with_gradient(kernels: Any) -> Callable:
@@ -80,8 +80,12 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "ref": ref.scan,
     "xla": xla.scan,
     "pallas_tpu": _with_gradient(pallas_tpu),
+    "pallas_gpu": _with_gradient(pallas_gpu),
 }
-KERNELS: Kernels = {"pallas_tpu": ("tpu", pallas_tpu.unsupported)}
+KERNELS: Kernels = {
+    "pallas_tpu": ("tpu", pallas_tpu.unsupported),
+    "pallas_gpu": ("hopper", pallas_gpu.unsupported),
+}
 
 
 def ssd(
@@ -126,7 +130,7 @@ def ssd(
             or their own.
         axis_name: an axis of `jax.shard_map` that T is split over; `initial_state` and
             the final state are then those of the whole sequence, on every device.
-        implementation: "ref", "xla", "pallas_tpu" or None.
+        implementation: "ref", "xla", "pallas_tpu", "pallas_gpu" or None.
 
     Returns:
         `[B, T, H, P]` in the dtype of `x`; with `return_final_state` also
