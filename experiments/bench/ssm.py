@@ -1,12 +1,19 @@
-"""The selective scan on the CPU against mambapy's, lax.scan and associative_scan.
+"""The scans: on the CPU against other scans, and with --device on a GPU.
 
-Claims (1 x 2048 tokens, 256 channels of 16 states, float32): forward and gradient take
-at most 0.12 of the time of mambapy's parallel scan in PyTorch, and at most a third of
-that of `lax.scan` and of `associative_scan` with JAX's own gradient; at most 9 MiB of
-temporary memory, which grows by at most 4.2 where the length grows by 4, up to 32768.
+Claims on the CPU (the selective scan of 1 x 2048 tokens, 256 channels of 16 states,
+float32): forward and gradient take at most 0.12 of the time of mambapy's parallel scan
+in PyTorch, and at most a third of that of `lax.scan` and of `associative_scan` with
+JAX's own gradient; at most 9 MiB of temporary memory, which grows by at most 4.2 where
+the length grows by 4, up to 32768.
 
     pip install -e ".[bench]"
-    python -m experiments.bench.ssm full    # a minute on 2 quiet cores
+    python -m experiments.bench.ssm full             # a minute on 2 quiet cores
+    python -m experiments.bench.ssm full --device    # 10 minutes on a GPU
+
+With --device both scans are compared with the definition first; then G10 to G13 of
+`_ssm_device.WORKLOADS` are timed against XLA and, where it is installed,
+jax-linear-attention. The record is `experiments/results/bench/ssm_DEVICE.json`. It has
+not run on a GPU yet.
 
 Measured on 2 cores without AVX-512, jax 0.12: 0.117 of mambapy's time and 0.14 of
 associative_scan's. Of lax.scan's it takes 0.35 to 0.39, which misses the third that was
@@ -25,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments.bench import _ssm_device as device
+from experiments.bench._attention_device import gpu
 from experiments.bench._contest import OURS, hold
 from jaxzoo.training.command import experiment
 from jaxzoo.training.record import Report, Run
@@ -37,6 +46,8 @@ MEMORY, GROWTH = 9.0, 4.2
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    device: bool = False
+    """Times the GPU, not the CPU."""
     length: int = 2048
     """Tokens; memory also for 4 and 16 times as many."""
     channels: int = 256
@@ -49,8 +60,10 @@ class Config:
     """Seconds to wait for quiet."""
     noise: float = 0.12
     """Of a core, used by others."""
+    minutes: float = 8.5
+    """No workload begins later than this, on the GPU."""
     record: bool = True
-    """Also writes experiments/results/bench/ssm_cpu.json."""
+    """Also writes experiments/results/bench/ssm_*.json."""
 
 
 PRESETS = {
@@ -157,6 +170,9 @@ def contest(given: Inputs, run: Run) -> dict[str, Callable[[], Any]]:
 
 
 def main(config: Config, run: Run) -> Report:
+    """Times this machine's CPU, or its GPU."""
+    if config.device:
+        return device.measure(config, run, gpu())
     lengths = [config.length * times for times in (1, 4, 16)]
     return hold(
         config, run, "ssm",
