@@ -23,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.sharded import alike
+
 __all__ = [
     "Products",
     "Ring",
@@ -166,7 +168,8 @@ def call(
         interpret=interpret,
         **knobs,
     )(*leaves)
-    return out_tree.unflatten(out)
+    # The kernel's results have lost the type that was asked for.
+    return alike((operands, out_tree.unflatten(out)))[1]
 
 
 def products(interpret: Any) -> Products:

@@ -39,7 +39,6 @@ from pallas_kernels.selective_scan.gpu_plan import (
 )
 from pallas_kernels.selective_scan.gpu_tokens import LOG2E
 from pallas_kernels.selective_scan.terms import Inputs, Rule
-from pallas_kernels.sharded import alike
 
 __all__ = ["backward", "forward", "forward_keeping", "unsupported"]
 
@@ -239,7 +238,7 @@ def _call(
         **more,
     }
     room = Room(ring=_ring(plan, given, _bytes(beside)), **beside)
-    made = mosaic_gpu.call(
+    return mosaic_gpu.call(
         functools.partial(body, task), given, name=name, results=Made(**shapes),
         scratch=room, grid={"batch": plan.batch, "column": plan.columns}, warpgroups=1,
         cost=pl.CostEstimate(
@@ -249,7 +248,6 @@ def _call(
         ),
         interpret=interpret,
     )  # fmt: skip
-    return alike((given, made))[1]  # the types of a kernel's results have lost it
 
 
 def _ring(plan: Plan, given: Given, beside: int) -> mosaic_gpu.Ring:

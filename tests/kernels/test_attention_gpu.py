@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_inputs import QUICKLY, SEED, SINKS, definition, far, ids, inputs, mask
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from hopper import lowered
 from stages import heads_first
 
 from pallas_kernels import attention as package
@@ -192,13 +192,6 @@ def test_vmap_over_dropout_and_sinks_is_a_loop_that_drops_the_same():
             np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
 
 
-def lowered(function, *arrays):
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(function).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 def of_width(dtype: Any, width: int) -> str:
     return f"causal: {heads_first((1, 2, 2, 300, 300, width), dtype)}"
 
@@ -218,6 +211,19 @@ def test_lowers_for_cuda_behind_the_same_call(dtype, width, monkeypatch, capsys)
 
     text = lowered(jax.grad(total, (0, 1, 2)), q, k, k)
     assert "attention: pallas_gpu (the fastest here)" in capsys.readouterr().err
+    assert text.count("mosaic_gpu_v2") >= 3
+
+
+@NEW
+def test_inside_shard_map(monkeypatch):
+    """The gradient's types say that it differs by device, as those of inputs do."""
+    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "hopper")
+    q = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
+
+    def total(q, k, v):
+        return jnp.sum(attention(q, k, v, is_causal=True).astype(jnp.float32))
+
+    text = lowered(jax.grad(total, (0, 1, 2)), q, q, q, devices=2)
     assert text.count("mosaic_gpu_v2") >= 3
 
 

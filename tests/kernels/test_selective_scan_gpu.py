@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import lowered
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from test_selective_scan_tpu import (
     HARD,
     QUICKLY,
@@ -145,11 +145,18 @@ def test_vmap_is_a_loop():
         np.testing.assert_allclose(d_A[i], alone, rtol=1e-4, atol=1e-5)
 
 
-def lowered(function, *arrays):
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(function).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+@NEW
+def test_inside_shard_map(monkeypatch):
+    """The gradient's types say that it differs by device, as those of inputs do."""
+    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "hopper")
+    u = jax.ShapeDtypeStruct((2, 32, 32), jnp.bfloat16)
+    B, A = jax.ShapeDtypeStruct((2, 32, 16), jnp.bfloat16), -jnp.ones((32, 16))
+
+    def total(u, delta, B, C):
+        return jnp.sum(selective_scan(u, delta, A, B, C).astype(jnp.float32))
+
+    text = lowered(jax.grad(total, (0, 1, 2, 3)), u, u, B, B, devices=2)
+    assert text.count("mosaic_gpu_v2") >= 2
 
 
 def to_lower(dtype: Any, extras: bool) -> str:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
-from jax.sharding import PartitionSpec as P
+from hopper import lowered
 from test_ssd_tpu import QUICKLY, definition, inputs, sizes
 
 from pallas_kernels import mosaic_gpu
@@ -149,15 +148,6 @@ def test_vmap_makes_a_longer_batch():
         assert_near(one, definition(*call), 1e-2)
 
 
-H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-
-
-def lowered(function, *arrays):
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
-        traced = jax.jit(function).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 OF_MODELS = (1, 2048, 1, 16, 64, 128)
 
 
@@ -196,13 +186,8 @@ def test_lowers_for_cuda_behind_the_same_call(dtype, extras, monkeypatch, capsys
 @NEW
 def test_inside_shard_map():
     """Where arrays are split over batch rows, and time is cut into parts."""
-    mesh = AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=H100)
     arrays = jax.eval_shape(lambda: inputs((2, 1024, 1, 1, 64, 16), "s", BF16))
-    rows = P("data")
-    split = jax.shard_map(kernels, mesh=mesh, in_specs=rows, out_specs=rows)
-    with use_abstract_mesh(mesh):
-        traced = jax.jit(split).trace(*arrays)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(kernels, *arrays, devices=2)
     assert text.count("mosaic_gpu_v2") >= 5
 
 
