@@ -31,9 +31,9 @@ PAPER = {
     "(gates), section 4.1 (selective copying, induction heads); figure 3 and section "
     "3.3 (the block, the scan) in jaxzoo.nn.mamba and pallas_kernels.selective_scan.",
     "differs": "The default for B is delta B, as in the released code; equation 4 has "
-    "the exact zero-order hold. Copying 8 tokens out of 56 or 120 places, time-invariant "
-    "S4D blocks get 58 to 64 % right, not 50 or less (47 % once, of 120 with slower "
-    "learning, where Mamba had 75 %); the paper's 18 % are of 16 in 4,096 places.",
+    "the exact zero-order hold. Copying 8 tokens out of 56 or 120 places, S4D blocks "
+    "get 58 to 64 % right, not 50 or less (47 % once, of 120 and with a lower learning "
+    "rate, where Mamba had 75 %); the paper's 18 % are of 16 in 4,096 places.",
 }
 
 __all__ = [
