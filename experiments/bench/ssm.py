@@ -15,9 +15,9 @@ With --device both scans are compared with the definition first; then G10 to G13
 jax-linear-attention. The record is `experiments/results/bench/ssm_DEVICE.json`. It has
 not run on a GPU yet.
 
-Measured on 2 cores without AVX-512, jax 0.12: 0.117 of mambapy's time and 0.14 of
-associative_scan's. Of lax.scan's it takes 0.35 to 0.39, which misses the third that was
-asked. 5.9, 7.4 and 13.4 MiB at 2048, 8192 and 32768 tokens.
+Measured on 2 cores with AVX-512, jax 0.12: 0.09 of mambapy's time, 0.11 of
+associative_scan's and 0.30 of lax.scan's; without AVX-512 an earlier version took 0.12,
+0.14 and 0.35 to 0.39. 5.9, 7.4 and 13.4 MiB at 2048, 8192 and 32768 tokens.
 
 All contestants run in one process on the same inputs, in turn; values are compared
 first. What is not installed is left out.

@@ -6,9 +6,10 @@ distance to a state space model (S4D), which is pretrained too, by at least half
 are held against training from scratch with as many labelled steps, as in the paper, and
 with as many steps in all.
 
-    python -m experiments.sequence.self_pretraining full    # 3 seeds
+    python -m experiments.sequence.self_pretraining full    # 3 seeds: 5 minutes
 
-Expected: TODO.
+Expected: no claim holds after so few steps; pretrained models are where those from
+scratch are after as many labelled steps, or below, and the transformer is ahead of S4D.
 """
 
 import dataclasses
@@ -289,7 +290,10 @@ def picture(config: Config, run: Run, right: dict[str, Any]) -> Figure:
         ax.set(title=name, xticks=[0, 1], ylabel="test accuracy, %")
         ax.set_xticklabels([TRANSFORMER, S4D])
         ax.grid(axis="x", visible=False)
-    axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+        frameon=False,
+    )  # fmt: skip
     return run.figure(
         "self_pretraining", figure, title="From scratch, and after denoising",
         caption="The same inputs and the same number of steps in all. Mean and "
