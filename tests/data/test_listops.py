@@ -1,6 +1,7 @@
 """Generated ListOps against a reader of its own."""
 
 import doctest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def value(symbols):
 def test_labels_are_what_a_reader_finds():
     data = listops(num_train=300, num_test=100, length=40)
     deepest = 0
-    for split in data.splits.values():
+    splits: Any = data.splits
+    for split in splits.values():
         for tokens, label in zip(
             split.arrays["token"], split.arrays["label"], strict=True
         ):

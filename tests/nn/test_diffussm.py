@@ -1,6 +1,7 @@
 """DiffuSSM's block against its equations in float64, and how its work grows."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_a_block_is_its_equations():
 
 
 def test_every_token_sees_every_token_and_the_condition():
-    net = DiffuSSM(width=WIDTH, depth=2, out=2, compress=TIMES, states=STATES)
+    net: Any = DiffuSSM(width=WIDTH, depth=2, out=2, compress=TIMES, states=STATES)
     params = moved(net.init(jax.random.key(3), X[..., :1], CONDITION))
 
     def of_first(x, c):
@@ -79,7 +80,7 @@ def test_every_token_sees_every_token_and_the_condition():
 def test_it_begins_as_the_identity_and_answers_0():
     params = BLOCK.init(jax.random.key(3), X, CONDITION)
     np.testing.assert_array_equal(BLOCK.apply(params, X, CONDITION), X)
-    net = DiffuSSM(width=WIDTH, depth=1, out=2, compress=1, states=STATES)
+    net: Any = DiffuSSM(width=WIDTH, depth=1, out=2, compress=1, states=STATES)
     params = net.init(jax.random.key(3), X, CONDITION)
     y = net.apply(params, X, CONDITION)
     assert y.shape == (2, TOKENS, 2) and (y == 0).all()

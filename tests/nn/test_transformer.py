@@ -1,6 +1,7 @@
 """The transformer against its equations in float64, cut anywhere, packed, cached."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,9 +171,9 @@ def test_a_cache_refuses_what_it_cannot_do():
         (BODIES["of all tokens"], {}, "'is_causal'"),
         (BODIES["plain"], {"segment_ids": jnp.zeros((2, 6), int)}, "'segment_ids'"),
     ):
-        params = body.init(jax.random.key(0), X)
+        params, knobs = body.init(jax.random.key(0), X), dict[str, Any](extra)
         with pytest.raises(ValueError, match=message):
-            body.apply(params, X, body.empty_cache(2, 8), **extra)
+            body.apply(params, X, body.empty_cache(2, 8), **knobs)
 
 
 def test_rotary_may_interpolate():
@@ -190,7 +191,7 @@ def test_rotary_may_interpolate():
 def test_a_language_model_is_embedding_body_head(body, is_tied):
     model = LanguageModel(11, 8, body, is_tied)
     tokens = jnp.array([[1, 10, 3], [0, 0, 7]])
-    params = model.init(jax.random.key(4), tokens)
+    params: Any = model.init(jax.random.key(4), tokens)
     logits, _ = model.apply(params, tokens)
     own = params["params"]
     x = own["embedding"][tokens]

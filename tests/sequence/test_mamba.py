@@ -1,5 +1,7 @@
 """Discretisation, selection, the gate of theorem 1 and the two tasks."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +67,7 @@ def test_selection_is_algorithm_2_token_by_token():
     """The weights of the block of nn, whose scan it feeds."""
     block = Mamba(4, states=3, expand=1, conv=1, rank=2)
     x = jax.random.normal(jax.random.key(0), (2, 6, 4))
-    params = block.init(jax.random.key(1), x)
+    params: Any = block.init(jax.random.key(1), x)
     p = params["params"]
     u, z = jnp.split(x @ p["in_proj"]["kernel"], 2, axis=-1)
     u = jax.nn.silu(u * p["conv"].reshape(1, 1, -1) + p["conv_bias"].reshape(1, 1, -1))
