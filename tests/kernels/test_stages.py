@@ -15,18 +15,14 @@ REPORT = """<testsuites><testsuite>
 def test_a_case_passed_where_all_its_tests_did(tmp_path):
     path = tmp_path / "report.xml"
     path.write_text(REPORT.format(b=""))
-    before = [["op", "xla", "oracle", "H=128", ["0.9", "0.10"]]]
+    # What was skipped here, for want of a compiler, may have passed elsewhere.
+    before = [["op", "xla", "oracle", "H=128", ["0.9"]]]
     rows = stages.merged(before, stages.read([path]))
-    assert rows == [
-        ["op", "xla", "oracle", "H=64", ["0.11.2"]],
-        ["op", "xla", "oracle", "H=128", ["0.10"]],
-    ]
+    assert rows == [["op", "xla", "oracle", "H=64", ["0.11.2"]], *before]
     path.write_text(REPORT.format(b="<failure/>"))
-    assert stages.merged(rows, stages.read([path])) == [
-        ["op", "xla", "oracle", "H=128", ["0.10"]]
-    ]
+    assert stages.merged(rows, stages.read([path])) == before
     assert "| xla | equals float64 | H=128 | passed |\n" in stages.table(rows[1:], "op")
-    assert "| op | xla | 1 on 0.10, 1 on 0.11.2 | no |" in stages.summary(rows)
+    assert "| op | xla | 1 on 0.9, 1 on 0.11.2 | no |" in stages.summary(rows)
 
 
 def test_the_committed_tables_are_those_of_the_record():
