@@ -1,12 +1,10 @@
 """Generated ListOps against a reader of its own."""
 
-import doctest
 from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxzoo.data import listops as module
 from jaxzoo.data.listops import SYMBOLS, listops
 
 
@@ -70,7 +68,3 @@ def test_a_seed_gives_the_same_expressions_and_another_gives_others():
 def test_numbers_out_of_range_are_named(knobs, message):
     with pytest.raises(ValueError, match=message):
         listops(**knobs)
-
-
-def test_doctests():
-    assert doctest.testmod(module).failed == 0
