@@ -518,10 +518,10 @@ def test_nothing_in_is_nothing_out(empty):
         np.testing.assert_array_equal(y, x)
 
 
-def temporary(length, channels=256, **knobs):
+def temporary(length, channels=256, batch=1, **knobs):
     """Bytes beside inputs and outputs of value and gradients, for N = 16."""
-    x = jax.ShapeDtypeStruct((1, length, channels), jnp.float32)
-    of_states = jax.ShapeDtypeStruct((1, length, 16), jnp.float32)
+    x = jax.ShapeDtypeStruct((batch, length, channels), jnp.float32)
+    of_states = jax.ShapeDtypeStruct((batch, length, 16), jnp.float32)
     A = jax.ShapeDtypeStruct((channels, 16), jnp.float32)
 
     def loss(*args):
@@ -540,6 +540,12 @@ def test_memory_is_small_and_linear_in_length():
     assert sizes[2048] <= most
     assert sizes[8192] <= 4.2 * sizes[2048] and sizes[32768] <= 4.2 * sizes[8192]
     assert temporary(2048, discretization="zoh") <= most
+
+
+def test_chunks_of_many_sequences_are_shorter():
+    """What the gradient walks over several times is to stay in a cache."""
+    chosen, long = (temporary(64, 64, 64, chunk=chunk) for chunk in (None, 64))
+    assert chosen < 0.5 * long
 
 
 def test_it_says_which_implementation_ran(monkeypatch, capsys):
