@@ -1,20 +1,16 @@
 """The GPU kernels with the vendor's compiler: needs its wheels, no GPU."""
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hopper import on_h100, prepare, spilled
 from stages import heads_first
 
-from jaxzoo.training import topology
 from pallas_kernels.attention import pallas_gpu as gpu
 from pallas_kernels.attention.pattern import Extras, Pattern
 
-HOW = "needs the compiler: pip install jax-cuda13-plugin jax-cuda13-pjrt"
 CAUSAL = Pattern(0.125, right=0)
 CASES = {
     "long, width 64": (CAUSAL, {}, (1, 2, 2, 32768, 32768, 64)),
@@ -37,12 +33,8 @@ CASES = {
 
 def compiled(pattern: Pattern, extras: dict[str, Any], shape: tuple[int, ...]) -> Any:
     """Forward and gradient of arrays as `attention` is given them."""
-    mesh = Mesh(np.array(topology.devices("h100:1")), ("x",))
+    mesh, array = on_h100()
     batch, heads, groups, queries, keys, width = shape
-
-    def array(shape, dtype=jnp.bfloat16):
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def gradient(q, k, v, d_out, d_lse, extras):
         # Heads are brought first here, and last again by the kernel.
@@ -55,10 +47,12 @@ def compiled(pattern: Pattern, extras: dict[str, Any], shape: tuple[int, ...]) -
         dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dk, dv))
         return jnp.moveaxis(dq, 3, 1), dk, dv, d_sinks
 
-    q = array((batch, queries, heads, groups, width))
-    k = array((batch, keys, heads, width))
-    d_lse = array((batch, heads, groups, queries), jnp.float32)
-    given: dict[str, Any] = {name: array(*x) for name, x in extras.items()}
+    q = array(batch, queries, heads, groups, width, dtype=jnp.bfloat16)
+    k = array(batch, keys, heads, width, dtype=jnp.bfloat16)
+    d_lse = array(batch, heads, groups, queries)
+    given: dict[str, Any] = {
+        name: array(*size, dtype=dtype) for name, (size, dtype) in extras.items()
+    }
     beside = Extras(**given)
     with jax.set_mesh(mesh):
         return jax.jit(gradient).lower(q, k, k, q, d_lse, beside).compile()
@@ -72,19 +66,13 @@ def for_h100(case: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_an_h100(case, monkeypatch, tmp_path):
     """Within its shared memory and its registers; nothing is copied on the way."""
-    pytest.importorskip("jax_cuda13_plugin", reason=HOW)
-    topology.prepare()
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    prepare(monkeypatch, tmp_path)
     program = compiled(*CASES[case])
-    reports = [x.read_text() for x in tmp_path.glob("*.ptxas")]
-    spilled = [
-        int(x) for r in reports for x in re.findall(r"frame, (\d+) bytes spill", r)
-    ]
-    assert len(spilled) == 3
+    spills = spilled(tmp_path)
+    assert len(spills) == 3
     if case.startswith("long"):
         # Seen: nothing; 152 bytes in dK and dV of 128; 480 in dQ of 256.
-        assert max(spilled) < 512
+        assert max(spills) < 512
         batch, heads, groups, queries, _, _ = CASES[case][2]
         vector = 4 * batch * heads * groups * queries
         memory = program.memory_analysis()

@@ -6,26 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hopper import on_h100, prepare, spilled
 
-from jaxzoo.training import topology
 from pallas_kernels.selective_scan import selective_scan
 
-HOW = "needs the compiler: pip install jax-cuda13-plugin jax-cuda13-pjrt"
 SIZES = "B T D G N"
 
 
 def compiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Value and gradients of a call of (B, T, D, G, N) with everything, for an H100."""
-    mesh = Mesh(np.array(topology.devices("h100:1")), ("x",))
+    mesh, array = on_h100()
     batch, length, channels, groups, states = shape
-
-    def array(*shape, dtype: Any = jnp.float32):
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     of_tokens = array(batch, length, channels, dtype=dtype)
     of_states = array(batch, length, groups, states, dtype=dtype)
     floats = {
@@ -65,18 +57,16 @@ def for_h100(shape: tuple[int, ...], dtype: Any) -> str:
 )
 def test_compiles_for_an_h100(shape, dtype, monkeypatch, tmp_path):
     """Within its shared memory and its registers; no two blocks add to one sum."""
-    pytest.importorskip("jax_cuda13_plugin", reason=HOW)
-    topology.prepare()
+    prepare(monkeypatch, tmp_path)
     monkeypatch.setenv("PALLAS_KERNELS_TARGET", "hopper")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     program = compiled(shape, dtype)
     reports = [x.read_text() for x in tmp_path.glob("*.ptxas")]
-    found = [re.findall(r"(\d+) bytes spill|Used (\d+) registers", r) for r in reports]
-    spills = [int(spill) for r in found for spill, _ in r if spill]
-    registers = [int(used) for r in found for _, used in r if used]
-    assert len(registers) == 2 and spills == [0, 0, 0, 0]
+    registers = [
+        int(x) for r in reports for x in re.findall(r"Used (\d+) registers", r)
+    ]
+    spills = spilled(tmp_path)
+    assert len(registers) == 2 and spills == [0, 0]
     assert max(registers) <= 255 and min(registers) <= 168  # three blocks to a core
     resources = [x.read_text() for x in tmp_path.glob("*.resources.txt")]
     shared = [int(re.findall(r"smem_scratch_bytes=(\d+)", x)[0]) for x in resources]

@@ -5,17 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from hopper import on_h100, prepare, spilled
 from test_ssd_tpu import sizes
 
-from jaxzoo.training import topology
 from pallas_kernels.ssd import gpu_layout as layout
 from pallas_kernels.ssd import pallas_gpu as gpu
 from pallas_kernels.ssd.form import Inputs
 
-HOW = "needs the compiler: pip install jax-cuda13-plugin jax-cuda13-pjrt"
 BF16, F16 = jnp.bfloat16, jnp.float16
 # (B, T, G, R, P, N), extras, dtype: those of the table of records, and others.
 CASES: dict[str, tuple] = {
@@ -29,14 +26,9 @@ CASES: dict[str, tuple] = {
 
 def abstract(shape, extras, dtype) -> Any:
     """A call, and the gradients of its results."""
-    mesh = Mesh(np.array(topology.devices("h100:1")), ("x",))
+    mesh, array = on_h100()
     batch, length, groups, heads, width, states = shape
     by_head = (batch, length, groups, heads)
-
-    def array(*size, dtype=jnp.float32) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
-
     x, dt = array(*by_head, width, dtype=dtype), array(*by_head)
     b = array(batch, length, groups, states, dtype=dtype)
     state = array(batch, groups, heads, width, states)
@@ -67,19 +59,13 @@ def for_h100(case: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_an_h100(case, monkeypatch, tmp_path):
     """Within its shared memory and registers; what is wide is not moved on the way."""
-    pytest.importorskip("jax_cuda13_plugin", reason=HOW)
-    topology.prepare()
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    prepare(monkeypatch, tmp_path)
     mesh, arrays = abstract(*CASES[case])
     with jax.set_mesh(mesh):
         programs = [jax.jit(f).lower(*arrays).compile() for f in (value, gradient)]
-    reports = [x.read_text() for x in tmp_path.glob("*.ptxas")]
-    spilled = [
-        int(x) for r in reports for x in re.findall(r"frame, (\d+) bytes spill", r)
-    ]
+    spills = spilled(tmp_path)
     # Seen: at most 20 bytes, in the gradient, where states are 128.
-    assert len(spilled) >= 3 and max(spilled) <= 32
+    assert len(spills) >= 3 and max(spills) <= 32
     (batch, length, groups, heads, width, states), extras, _ = CASES[case]
     if length < 4096:
         return
