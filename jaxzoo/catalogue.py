@@ -155,8 +155,8 @@ def problems(root: Path = ROOT) -> list[str]:
         if (path := _relative(root, file)) not in used:
             found.append(f"{path}: an experiment without a paper")
     for file in sorted((root / "experiments" / "results").glob("*/*.json")):
-        bench = file.parent.name == "bench"
-        if f"experiments/{file.parent.name}/{file.stem}.py" not in used and not bench:
+        other = file.parent.name == "bench" or file.stem == "compare"
+        if f"experiments/{file.parent.name}/{file.stem}.py" not in used and not other:
             found.append(f"{_relative(root, file)}: a result without a paper")
     return sorted(found)
 
@@ -287,9 +287,13 @@ def _relative(root: Path, file: Path) -> str:
 
 
 def _experiments(root: Path) -> list[Path]:
-    # bench/ holds ratios against peers and launch/ files for pods, not papers.
+    # bench/ holds ratios against peers, launch/ files for pods, and compare.py puts all
+    # methods of a topic side by side: none is a paper.
     files = (root / "experiments").glob("*/[!_]*.py")
-    return sorted(f for f in files if f.parent.name not in ("bench", "launch"))
+    others = ("bench", "launch")
+    return sorted(
+        f for f in files if f.parent.name not in others and f.stem != "compare"
+    )
 
 
 def _sources(root: Path) -> list[Path]:

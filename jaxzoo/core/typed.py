@@ -100,8 +100,12 @@ def check_range(
     *,
     low: float = -float("inf"),
     high: float = float("inf"),
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Raises ValueError unless low <= value <= high; NaN never passes.
+
+    `above` and `below` are limits that the value has to stay away from.
 
     A traced value cannot be looked at and is let through: the promise is for numbers
     that a person wrote.
@@ -110,15 +114,23 @@ def check_range(
     Traceback (most recent call last):
         ...
     ValueError: argument 'beta' is -1.0, expected a number >= 0.
+    >>> check_range("b1", 1.0, low=0, below=1)
+    Traceback (most recent call last):
+        ...
+    ValueError: argument 'b1' is 1.0, expected a number >= 0 and < 1.
     """
     if isinstance(value, Tracer):
         return
     if isinstance(value, jax.Array):
         value = np.asarray(value)  # under jit a comparison of jax's would be traced
-    if low <= value <= high:
+    is_inside = above is None or value > above
+    is_inside = is_inside and (below is None or value < below)
+    if is_inside and low <= value <= high:
         return
     limits = [f">= {low:g}"] if low > -float("inf") else []
+    limits += [f"> {above:g}"] if above is not None else []
     limits += [f"<= {high:g}"] if high < float("inf") else []
+    limits += [f"< {below:g}"] if below is not None else []
     expected = " and ".join(limits) or "that is not NaN"
     raise ValueError(f"argument '{argument}' is {value}, expected a number {expected}.")
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxzoo.catalogue import ROOT, read_papers
 
@@ -86,13 +87,23 @@ def _cases() -> list[Case]:
     return cases
 
 
+def makes_an_optimizer(function: Callable[..., Any]) -> bool:
+    """Whether it returns a transformation: `test_optimizers.py` holds its promises."""
+    returned = inspect.signature(function).return_annotation
+    return inspect.isclass(returned) and issubclass(
+        returned, optax.GradientTransformation
+    )
+
+
 def public_functions(module: Any) -> list[Callable[..., Any]]:
     """The functions in `__all__`; NamedTuples and modules of parameters are not."""
     names = [getattr(module, name) for name in module.__all__]
     return [value for value in names if inspect.isfunction(value)]
 
 
-CASES = _cases()
+_ALL = _cases()
+CASES = [case for case in _ALL if not makes_an_optimizer(case.function)]
+OPTIMIZERS = [case for case in _ALL if makes_an_optimizer(case.function)]
 DIFFERENTIABLE = [
     case
     for case in CASES

@@ -115,7 +115,13 @@ def test_gradients_are_finite_for_extreme_inputs(case, size):
 def test_forward_and_reverse_mode_agree(case):
     scalar, floats = case.objective()
     tangents = [jnp.sin(1.0 + 7.0 * x) for x in floats]
-    _, forward = jax.jvp(scalar, floats, tangents)
+    try:
+        _, forward = jax.jvp(scalar, floats, tangents)
+    except TypeError as error:
+        # What a layer keeps for its backward pass can only be chosen in a custom_vjp,
+        # which has no forward mode: the docstring has to declare it.
+        assert "custom_vjp" in str(error) and "Gradient:" in case.function.__doc__
+        return
     gradient = jax.grad(scalar, tuple(range(len(floats))))(*floats)
     reverse = sum(jnp.vdot(g, t) for g, t in zip(gradient, tangents, strict=True))
     np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-5)
