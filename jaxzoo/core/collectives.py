@@ -31,11 +31,14 @@ __all__ = [
     "AxisName",
     "Side",
     "all_gather",
+    "all_gather_same",
+    "all_to_all",
     "axis_index",
     "axis_size",
     "masked_rows",
     "pair_log_sums",
     "pair_sum",
+    "per_device",
     "psum",
     "shift",
     "varying",
@@ -82,6 +85,23 @@ def all_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
 
 
+def all_gather_same(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """`all_gather` whose result `shard_map` knows to be the same on each device."""
+    axis_size(axis_name)
+    if axis_name is None:
+        return x
+    return lax.all_gather(x, axis_name, tiled=True, to="invarying")
+
+
+def all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Row i of the first axis goes to device i; row j of the result is device j's.
+
+    There are as many rows as devices, and one where arrays are whole.
+    """
+    axis_size(axis_name)
+    return x if axis_name is None else lax.all_to_all(x, axis_name, 0, 0, tiled=True)
+
+
 def shift(tree: Tree, axis_name: AxisName) -> Tree:
     """What the next device of the ring has: after as many as there are, one's own."""
     size = axis_size(axis_name)
@@ -108,6 +128,17 @@ def varying(tree: Tree, axis_name: AxisName) -> Tree:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(one, tree)
+
+
+def per_device(tree: Tree, axis_name: AxisName) -> Tree:
+    """`varying` for state that begins the same, where `jax.vmap` may name the axis.
+
+    Under `vmap` no values have to be declared different.
+    """
+    axis_size(axis_name)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    mapped = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    return varying(tree, axis_name) if mapped else tree
 
 
 class Side(NamedTuple):
