@@ -87,9 +87,8 @@ def all_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
 
 def all_gather_same(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """`all_gather` whose result `shard_map` knows to be the same on each device."""
-    axis_size(axis_name)
-    if axis_name is None:
-        return x
+    if not _is_manual(axis_name):
+        return all_gather(x, axis_name)
     return lax.all_gather(x, axis_name, tiled=True, to="invarying")
 
 
@@ -136,9 +135,7 @@ def per_device(tree: Tree, axis_name: AxisName) -> Tree:
     Under `vmap` no values have to be declared different.
     """
     axis_size(axis_name)
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    mapped = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
-    return varying(tree, axis_name) if mapped else tree
+    return varying(tree, axis_name) if _is_manual(axis_name) else tree
 
 
 class Side(NamedTuple):
@@ -250,6 +247,13 @@ def masked_rows(x: Any, where: Any | None) -> jax.Array:
         return x
     mask = jnp.asarray(where).reshape(-1, *[1] * (x.ndim - 1))
     return jnp.where(mask, x, 0.0)
+
+
+def _is_manual(axis_name: AxisName) -> bool:
+    """Whether it is an axis of `shard_map`: of `vmap`, older jax declares nothing."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return names is not None and set(names) <= set(manual)
 
 
 def _check_chunk(columns: Side, chunk: int | None) -> None:

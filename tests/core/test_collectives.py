@@ -12,8 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxzoo.core.collectives import (
     all_gather,
+    all_gather_same,
+    all_to_all,
     axis_index,
     axis_size,
+    per_device,
     psum,
     shift,
     varying,
@@ -35,7 +38,8 @@ X = jnp.arange(16.0).reshape(8, 2)
 
 
 def test_without_a_name_arrays_are_whole():
-    for function in (psum, all_gather, shift, varying):
+    same = (psum, all_gather, all_gather_same, all_to_all, shift, varying, per_device)
+    for function in same:
         assert function(X, None) is X
     assert axis_size(None) == 1
     assert int(axis_index(None)) == 0
@@ -54,6 +58,34 @@ def test_values(devices):
     assert_array_equal(size, np.full((8, 2), devices))
     index = over(devices, lambda x: x[:, 0] * 0 + axis_index("d"), X)
     assert_array_equal(index, np.repeat(np.arange(devices), 8 // devices))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_rows_are_exchanged_and_what_is_gathered_is_the_same_everywhere(devices):
+    rows = jnp.arange(2.0 * devices * devices).reshape(devices * devices, 2)
+    squares = np.asarray(rows).reshape(devices, devices, 2)
+    sent = over(devices, lambda x: all_to_all(x, "d"), rows)
+    assert_array_equal(sent, squares.transpose(1, 0, 2).reshape(rows.shape))
+    assert_array_equal(over(devices, lambda x: all_gather_same(x, "d"), X, out=P()), X)
+
+    def carried(x):
+        start = per_device(jnp.zeros(2), "d")  # as x varies, the carry has to
+        return jax.lax.scan(lambda c, row: (c + row, None), start, x)[0][None]
+
+    total = np.asarray(X).reshape(devices, -1, 2).sum(1)
+    assert_array_equal(over(devices, carried, X), total)
+
+
+def test_the_axis_of_a_vmap_has_them_too():
+    parts = X.reshape(4, 2, 2)
+
+    def of_part(x):
+        start = per_device(jnp.zeros(2), "d")
+        return all_gather_same(x, "d"), start + psum(x[0], "d")
+
+    gathered, total = jax.jit(jax.vmap(of_part, axis_name="d"))(parts)
+    assert_array_equal(gathered, np.stack([X] * 4))
+    assert_array_equal(total, np.stack([parts[:, 0].sum(0)] * 4))
 
 
 @pytest.mark.parametrize("devices", [2, 8])
