@@ -183,7 +183,7 @@ to leading axes.
 def _describe(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    text = repr(value)
+    text = " ".join(repr(value).split())  # arrays are printed in rows
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} ({type(value).__name__})"
 

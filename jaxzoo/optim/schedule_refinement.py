@@ -29,8 +29,8 @@ PAPER = {
     "arxiv": "2310.07831",
     "year": 2023,
     "authors": "Aaron Defazio, Ashok Cutkosky, Harsh Mehta, Konstantin Mishchenko",
-    "where": "Algorithm 1 and its Adam variant (refinement from logged norms), theorem "
-    "1 with its optimal weights (the bound on the last iterate).",
+    "where": "Algorithm 1 and its variant for Adam (refinement from logged norms), the "
+    "bound on the last iterate and its best weights.",
     "differs": "Schedules are divided by their largest value, as in the paper; the "
     "released code divides by the sum of the weights. Norms below 1e-9 of the largest "
     "count as that, and schedules stretch to other lengths. The known schedules are "
