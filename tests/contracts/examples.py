@@ -15,8 +15,8 @@ from jaxzoo.catalogue import ROOT, read_papers
 MODULES = sorted(
     {paper.module for paper in read_papers() if paper.path.startswith("jaxzoo/")}
     | {
-        f"jaxzoo.core.{path.stem}"
-        for path in (ROOT / "jaxzoo" / "core").glob("*.py")
+        f"jaxzoo.{path.parent.name}.{path.stem}"
+        for path in (ROOT / "jaxzoo").glob("*/*.py")
         if "\nEXAMPLES = " in path.read_text("utf-8")
     }
 )
