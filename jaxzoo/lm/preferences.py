@@ -36,8 +36,8 @@ def orpo_loss(
     Args:
         chosen: log pi of the preferred responses, summed over tokens, in nats, `[B]`.
         rejected: of the others.
-        chosen_lengths: their tokens, >= 1.
-        rejected_lengths: their tokens, >= 1.
+        chosen_lengths: their tokens; below 1 counts as 1.
+        rejected_lengths: their tokens; below 1 counts as 1.
         where: True for the pairs that count.
         weight: lambda >= 0 of arXiv 2403.07691 (`beta` in trl).
         axis_name: the axis that pairs are split over.
@@ -57,7 +57,7 @@ def orpo_loss(
     check_range("weight", weight, low=0.0)
     keep = _kept(chosen, where)
     chosen, rejected = (
-        _where(keep, x, -1.0) / _where(keep, length, 1.0)
+        _where(keep, x, -1.0) / _lengths(keep, length)
         for x, length in ((chosen, chosen_lengths), (rejected, rejected_lengths))
     )
     log_odds = _log_odds(chosen) - _log_odds(rejected)
@@ -86,8 +86,8 @@ def simpo_loss(
     Args:
         chosen: log pi of the preferred responses, summed over tokens, in nats, `[B]`.
         rejected: of the others.
-        chosen_lengths: their tokens, >= 1.
-        rejected_lengths: their tokens, >= 1.
+        chosen_lengths: their tokens; below 1 counts as 1.
+        rejected_lengths: their tokens; below 1 counts as 1.
         where: True for the pairs that count.
         beta: > 0, of arXiv 2405.14734.
         gamma: >= 0, the margin of rewards; the authors' code takes it as gamma / beta.
@@ -110,7 +110,7 @@ def simpo_loss(
     check_range("gamma", gamma, low=0.0)
     keep = _kept(chosen, where)
     chosen, rejected = (
-        _where(keep, x, 0.0) / _where(keep, length, 1.0)
+        _where(keep, x, 0.0) / _lengths(keep, length)
         for x, length in ((chosen, chosen_lengths), (rejected, rejected_lengths))
     )
     margin = beta * (chosen - rejected)
@@ -127,7 +127,8 @@ def kto_loss(
     *,
     where: Bool[ArrayLike, " batch"] | None = None,
     beta: float = 0.1,
-    weights: tuple[float, float] = (1.0, 1.0),
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
     axis_name: AxisName = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """KTO: single responses that are good or bad, with no pair.
@@ -135,16 +136,18 @@ def kto_loss(
     w_d (1 - sigmoid(r - z)) if desirable, else w_u (1 - sigmoid(z - r)),
     r = beta (log pi - log pi_ref),   z = beta max(0, mean divergence)
 
+    Gradient: z is a constant for it.
+
     Args:
         policy: log pi of the responses, in nats, `[B]`.
         reference: of the same under the reference policy.
         divergence: an estimate of KL(pi || pi_ref) at the same prompts, `[B]`: the
-            authors take the log-ratio of responses that belong to other prompts. Its
-            mean is a constant for the gradient.
+            authors take the log-ratio of responses that belong to other prompts.
         desirable: True for good responses, `[B]`.
         where: True for the responses that count.
         beta: > 0, of arXiv 2402.01306.
-        weights: of desirable and undesirable responses, >= 0.
+        desirable_weight: w_d >= 0.
+        undesirable_weight: w_u >= 0.
         axis_name: the axis that responses are split over.
 
     Returns:
@@ -162,14 +165,14 @@ def kto_loss(
     ([1.0, -1.5], 0.0, 0.2257)
     """
     check_range("beta", beta, above=0.0)
-    for weight in weights:
-        check_range("weights", weight, low=0.0)
+    check_range("desirable_weight", desirable_weight, low=0.0)
+    check_range("undesirable_weight", undesirable_weight, low=0.0)
     keep = _kept(policy, where)
     rewards = beta * (_where(keep, policy, 0.0) - _where(keep, reference, 0.0))
     mean = _mean(_where(keep, divergence, 0.0), keep, axis_name)
     baseline = jax.lax.stop_gradient(beta * jnp.maximum(mean, 0.0))
     gain = jnp.where(desirable, rewards - baseline, baseline - rewards)
-    weight = jnp.where(desirable, weights[0], weights[1])
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     each = jnp.where(keep, weight * jax.nn.sigmoid(-gain), 0.0)
     aux = {"per_example": each, "rewards": rewards, "baseline": baseline}
     return _mean(each, keep, axis_name), aux
@@ -181,6 +184,10 @@ def _kept(rows: ArrayLike, where: ArrayLike | None) -> Array:
 
 def _where(keep: Array, x: ArrayLike, other: float) -> Array:
     return jnp.where(keep, as_float32(x), other)
+
+
+def _lengths(keep: Array, lengths: ArrayLike) -> Array:
+    return _where(keep, jnp.maximum(as_float32(lengths), 1.0), 1.0)
 
 
 def _mean(each: Array, keep: Array, axis_name: AxisName) -> Array:

@@ -290,7 +290,7 @@ def wrong_values(parameter):
     members = typing.get_args(parameter.annotation) or (parameter.annotation,)
     if typing.get_origin(parameter.annotation) is typing.Literal:
         return ["nonsense"]
-    if parameter.name in ("learning_rate", "weight_decay") or "eps" in parameter.name:
+    if parameter.name in ("learning_rate", "weight_decay") or parameter.name == "eps":
         return [-1.0, float("nan")]
     if parameter.name in ("b1", "b2", "b3", "beta", "momentum", "decay"):
         return [1.0, -0.1, float("nan")]

@@ -55,7 +55,7 @@ def test_kto(shift):
     )
     args = singles((policy, reference, divergence))
     args.append(jnp.asarray(good))
-    value, aux = kto_loss(*args, beta=0.4, weights=(1.5, 0.5))
+    value, aux = kto_loss(*args, beta=0.4, desirable_weight=1.5, undesirable_weight=0.5)
     np.testing.assert_allclose(aux["per_example"], each, rtol=1e-5)
     np.testing.assert_allclose(value, each.mean(), rtol=1e-5)
     np.testing.assert_allclose(aux["baseline"], baseline, rtol=1e-5)
@@ -76,6 +76,6 @@ def test_bad_numbers_are_named():
         orpo_loss(*singles(pairs()), weight=-1.0)
     with pytest.raises(ValueError, match="'gamma'"):
         simpo_loss(*singles(pairs()), gamma=-1.0)
-    with pytest.raises(ValueError, match="'weights'"):
+    with pytest.raises(ValueError, match="'undesirable_weight'"):
         rows = jnp.ones(8)
-        kto_loss(rows, rows, rows, rows > 0, weights=(1.0, float("nan")))
+        kto_loss(rows, rows, rows, rows > 0, undesirable_weight=float("nan"))
