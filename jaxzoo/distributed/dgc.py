@@ -146,7 +146,7 @@ def scale_by_dgc(
         params = jax.tree.map(lambda p: jnp.zeros_like(as_float32(p)), params)
         flat = ravel_pytree(params)[0]
         zeros = jnp.zeros(flat.size, jnp.promote_types(flat.dtype, jnp.float32))
-        own = (zeros, zeros)
+        own = (zeros, jnp.zeros_like(zeros))  # two buffers: states are donated
         if compression == "top_k":
             own = per_device(own, axis_name)
         return DGCState(jnp.int32(0), *own, jnp.float32(0.0))

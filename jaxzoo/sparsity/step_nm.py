@@ -245,8 +245,9 @@ def scale_by_step_nm(
     first, second, small = rates
 
     def init(params: Any) -> StepState:
-        mu, nu, zero = float32_zeros(params), float32_zeros(params), jnp.int32(0)
-        return StepState(zero, zero, mu, nu, jnp.zeros(window, jnp.float32))
+        mu, nu = float32_zeros(params), float32_zeros(params)
+        count, switched_at = jnp.int32(0), jnp.zeros((), jnp.int32)
+        return StepState(count, switched_at, mu, nu, jnp.zeros(window, jnp.float32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
