@@ -5,6 +5,7 @@ compiled step, and the learning rate of each fit lies in its state
 (`optax.inject_hyperparams`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -175,6 +176,7 @@ def fit(
     batch_size: int,
     seeds: int = 3,
     log_every: int = 50,
+    may_diverge: bool = False,
 ) -> tuple[dict[str, np.ndarray], Any, Any]:
     """Trains a grid of learning rates and seeds at once, and evaluates each fit.
 
@@ -188,6 +190,8 @@ def fit(
         batch_size: examples per step.
         seeds: S.
         log_every: steps between two lines of the record.
+        may_diverge: a fit whose state is not finite stays where it was, and its loss
+            is told as 1e4; otherwise the run stops at it.
 
     Returns:
         `(scores, params, opt_state)`: what `evaluate` gives, each `[L, S]`; the
@@ -221,8 +225,15 @@ def fit(
     every = jax.vmap(jax.vmap(one), (0, None))
 
     def step(state: Any, example: Batch) -> Any:
-        state, metrics = every(state, example)
-        return state, jax.tree.map(lambda x: x.reshape(-1), metrics)
+        new, metrics = every(state, example)
+        if may_diverge:
+            new["params"], new["opt_state"] = (
+                _where_finite(new, new[k], state[k]) for k in ("params", "opt_state")
+            )
+            metrics = jax.tree.map(
+                lambda x: jnp.nan_to_num(x, nan=1e4, posinf=1e4), metrics
+            )
+        return new, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
     state = train(
         run, name, step, start, batches, num_steps=steps, show="loss", batch_axis=1,
@@ -237,6 +248,22 @@ def fit(
     shape = (len(learning_rates), seeds)
     scores = {k: np.asarray(v).reshape(shape) for k, v in scores.items()}
     return scores, params, inner
+
+
+def _where_finite(state: Any, new: Any, old: Any) -> Any:
+    """`new` for the fits `[L, S]` all of whose floats are finite."""
+    floats = [
+        x
+        for x in jax.tree.leaves((state["params"], state["opt_state"]))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    each = [jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim))) for x in floats]
+    is_good = functools.reduce(jnp.logical_and, each)
+
+    def choose(n: jax.Array, o: jax.Array) -> jax.Array:
+        return jnp.where(is_good.reshape(is_good.shape + (1,) * (n.ndim - 2)), n, o)
+
+    return jax.tree.map(choose, new, old)
 
 
 def best(scores: dict[str, np.ndarray], by: str = "loss") -> int:

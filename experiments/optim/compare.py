@@ -1,14 +1,21 @@
 """All optimizers on three real tasks, with the same budget of tuning.
 
 Each optimizer of jaxzoo, and AdamW and SGD with momentum of Optax beside them, trains a
-digits MLP, a Fashion-MNIST ConvNet and a byte transformer on Moby Dick at the same four
+digits MLP, a Fashion-MNIST ConvNet and a byte transformer on Moby Dick at the same six
 learning rates per task, as many steps, and the same seeds; the rate whose mean held-out
-loss is best counts. No other knob is tuned: hyperparameters are those of the papers.
+loss is best counts. No other knob is tuned: hyperparameters are those of the papers,
+but for spans of time that are longer than these runs, and TVLARS's trust coefficient,
+whose learning rates lie far above the others' (`SETTINGS`).
 
 Claims: on no task does an optimizer end above 1.5 times the held-out loss of AdamW, and
 none of them takes more than three times as long per step.
 
     python -m experiments.optim.compare full    # 3 seeds: 5 minutes on 2 cores
+
+Measured: MARS, diffGrad, 8-bit and 1-bit Adam are within 5 % of AdamW on all tasks, Lion
+is 4 % ahead on Fashion-MNIST and 49 % behind on digits; DGC, which sends a thousandth
+of the entries from its 60th step on, ends 1.75 times above AdamW on Fashion-MNIST, so
+that this claim fails.
 
 Optimizers are found in the code by what they return. Rates that differ between methods
 by more than the grid spans (Lion wants a tenth of Adam's) are why it spans three
@@ -48,6 +55,12 @@ BASELINES: dict[str, Optimizer] = {
     "optax adamw": lambda learning_rate: optax.adamw(learning_rate),
     "optax sgd": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
 }
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one_bit_adam": {"warmup": 50},
+    "dgc": {"stage_steps": 15, "clip": 1.0},
+    "step_nm": {"latest": 75},  # dense all the same: masks are the loss's affair
+    "tvlars": {"delay": 100.0, "lam": 0.05, "trust_coefficient": 0.1},
+}
 WORST, SLOWEST = 1.5, 3.0
 
 
@@ -55,7 +68,7 @@ WORST, SLOWEST = 1.5, 3.0
 class Config:
     only: tuple[str, ...] = ()
     """Names of optimizers; none: all."""
-    learning_rates: tuple[float, ...] = (3e-4, 3e-3, 3e-2, 0.3)
+    learning_rates: tuple[float, ...] = (3e-4, 1.5e-3, 7e-3, 3e-2, 0.15, 0.7)
     seeds: int = 3
     steps: tuple[int, int, int] = (300, 150, 150)
     """Of digits, Fashion-MNIST and Moby Dick."""
@@ -98,7 +111,8 @@ def optimizers() -> dict[str, Optimizer]:
                 for k, v in kwargs.items()
                 if signature.parameters[k].default is inspect.Parameter.empty
             }
-            found[function.__name__] = _with(function, needed)
+            name = function.__name__
+            found[name] = _with(function, needed | SETTINGS.get(name, {}))
     return found
 
 
@@ -139,7 +153,7 @@ def measure(config: Config, run: Run) -> dict[str, dict[str, Any]]:
         ):
             results[name][task.name] = fit(
                 run, f"{name}, {task.name}", task, optimizer, config.learning_rates,
-                steps=steps, batch_size=size, seeds=config.seeds,
+                steps=steps, batch_size=size, seeds=config.seeds, may_diverge=True,
             )[0]  # fmt: skip
         seconds = seconds_per_step(every[-1], optimizer, config.batch_sizes[-1])
         results[name]["seconds"] = seconds
