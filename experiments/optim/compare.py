@@ -12,10 +12,10 @@ none of them takes more than three times as long per step.
 
     python -m experiments.optim.compare full    # 3 seeds: 5 minutes on 2 cores
 
-Measured: MARS, diffGrad, 8-bit and 1-bit Adam are within 5 % of AdamW on all tasks, Lion
-is 4 % ahead on Fashion-MNIST and 49 % behind on digits; DGC, which sends a thousandth
-of the entries from its 60th step on, ends 1.75 times above AdamW on Fashion-MNIST, so
-that this claim fails.
+Measured: MARS, diffGrad, 8-bit and 1-bit Adam are within 5 % of AdamW on all tasks,
+Lion is 4 % ahead on Fashion-MNIST and 49 % behind on digits; DGC, which sends a
+thousandth of the entries from its 60th step on, ends 1.75 times above AdamW on
+Fashion-MNIST, so that this claim fails.
 
 Optimizers are found in the code by what they return. Rates that differ between methods
 by more than the grid spans (Lion wants a tenth of Adam's) are why it spans three
