@@ -44,22 +44,24 @@ def rotary(
     positions: Int[Array, "b t"] | Float[Array, "b t"],
     *,
     base: float = 10000.0,
+    frequencies: Float[Array, " half"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Turns each pair of features by its position: products see distances alone.
 
     Feature i is paired with i + H/2, as in GPT-NeoX and Hugging Face's Llama (RoFormer
-    pairs neighbours), and turned by position * base^(-2i/H).
+    pairs neighbours), and turned by position * base^(-2i/H), or position * frequency i.
 
     Args:
         x: `[B, T, N, H]`, H even.
         positions: `[B, T]`, from 0; fractions interpolate.
         base: of the wave lengths, > 1.
+        frequencies: `[H/2]`, radians per position, in the place of those of `base`.
 
     Returns:
         `[B, T, N, H]` in the dtype of `x`; computed in float32.
 
     Raises:
-        ValueError: H is odd, or `base` out of range.
+        ValueError: H is odd, `base` out of range, or there are not H/2 `frequencies`.
 
     >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
     >>> rotary(x, jnp.array([[1]])).round(4).ravel().tolist()  # cos 1, sin 1
@@ -70,7 +72,14 @@ def rotary(
         raise ValueError(f"argument 'x' has {width} features a head, expected even.")
     if not base > 1:
         raise ValueError(f"argument 'base' is {base}, expected above 1.")
-    speeds = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if frequencies is None:
+        speeds = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    else:
+        speeds = jnp.asarray(frequencies, jnp.float32)
+    if speeds.shape != (width // 2,):
+        raise ValueError(
+            f"argument 'frequencies' has shape {speeds.shape}, expected [{width // 2}]."
+        )
     angles = positions.astype(jnp.float32)[..., None, None] * speeds.reshape(
         1, 1, 1, -1
     )
@@ -92,6 +101,10 @@ class Block(nn.Module):
         base: of `rotary`.
         dtype: compute dtype of products.
         implementation: of the attention; None: the best.
+        frequencies: of `rotary`. Keys in a cache are turned: with other frequencies
+            begin another cache.
+        rope_scale: queries and keys are multiplied by it after the rotation, so logits
+            by its square.
     """
 
     heads: int
@@ -102,6 +115,8 @@ class Block(nn.Module):
     base: float = 10000.0
     dtype: Any = jnp.float32
     implementation: Any = None
+    frequencies: Any = None
+    rope_scale: Any = 1.0
 
     @nn.compact
     def __call__(
@@ -129,7 +144,7 @@ class Block(nn.Module):
         q, k = q.astype(v.dtype), k.astype(v.dtype)
         places = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
         if cache is None:
-            q, k = (rotary(h, places, base=self.base) for h in (q, k))
+            q, k = (self._turned(h, places) for h in (q, k))
             mixed = attention(
                 q, k, v, is_causal=self.is_causal, segment_ids=segment_ids,
                 implementation=self.implementation,
@@ -137,7 +152,7 @@ class Block(nn.Module):
         else:
             _check_cache(self, segment_ids)
             places = places + cache.lengths[:, None]
-            q, k = (rotary(h, places, base=self.base) for h in (q, k))
+            q, k = (self._turned(h, places) for h in (q, k))
             cache = _written(cache, k, v)
             mixed = decode_attention(q, cache.keys, cache.values, cache.lengths)
         x = x + self._dense(width, "out")(mixed.reshape(x.shape)).astype(x.dtype)
@@ -155,6 +170,10 @@ class Block(nn.Module):
 
     def _heads(self, x: Array, count: int, size: int, name: str) -> Array:
         return self._dense(count * size, name)(x).reshape(*x.shape[:2], count, size)
+
+    def _turned(self, x: Array, places: Array) -> Array:
+        x = rotary(x, places, base=self.base, frequencies=self.frequencies)
+        return (self.rope_scale * x).astype(x.dtype)
 
 
 class Transformer(nn.Module):
@@ -178,6 +197,8 @@ class Transformer(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
     implementation: Any = None
+    frequencies: Any = None
+    rope_scale: Any = 1.0
 
     @nn.compact
     def __call__(
@@ -204,7 +225,8 @@ class Transformer(nn.Module):
 
         block = Block(
             self.heads, self.key_heads, self.hidden, self.is_causal, self.qk_norm,
-            self.base, self.dtype, self.implementation, name="blocks",
+            self.base, self.dtype, self.implementation, self.frequencies,
+            self.rope_scale, name="blocks",
         )  # fmt: skip
         run = nn.scan(
             nn.remat(one, prevent_cse=False) if self.remat else one,

@@ -43,8 +43,8 @@ __all__ = ["VeLU", "velu", "w2_penalty"]
 def velu(
     x: Float[ArrayLike, "*shape"],
     std: Float[ArrayLike, ""] | float,
-    lam: Float[ArrayLike, ""] | float = 1.0,
     *,
+    lam: Float[ArrayLike, ""] | float = 1.0,
     alpha: float = 1.0,
     beta1: float = 1.0,
     beta2: float = 1.0,
@@ -72,6 +72,7 @@ def velu(
     >>> velu(jnp.array([-1.0, 0.0, 1.0]), 0.0).tolist()
     [-0.0866, 0.0, 0.9134]
     """
+    check_range("lam", lam)
     knobs = {"alpha": alpha, "beta1": beta1, "beta2": beta2, "gamma": gamma, "mu": mu}
     for name, value in knobs.items():
         check_range(name, value)
@@ -137,7 +138,7 @@ class VeLU(nn.Module):
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
             now = _moments(lax.stop_gradient(as_float32(x)))[1]
             std.value = self.momentum * std.value + (1.0 - self.momentum) * now
-        out: Any = velu(x, std.value, lam, gamma=self.gamma, mu=self.mu)
+        out: Any = velu(x, std.value, lam=lam, gamma=self.gamma, mu=self.mu)
         self.sow("intermediates", "activation", out)
         return out
 
@@ -158,8 +159,8 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
 EXAMPLES = {
     velu: lambda key: (
-        (jax.random.normal(key, (8, 4)), jnp.ones(()), jnp.ones(())),
-        {},
+        (jax.random.normal(key, (8, 4)), jnp.ones(())),
+        {"lam": 1.5},
     ),
     w2_penalty: lambda key: ((2.0 + jax.random.normal(key, (8, 4)),), {"weight": 0.1}),
 }

@@ -200,3 +200,33 @@ def test_a_language_model_is_embedding_body_head(body, is_tied):
     np.testing.assert_allclose(logits, y @ head, rtol=1e-5, atol=1e-5)
     hidden, _ = model.apply(params, tokens, method="hidden")
     np.testing.assert_allclose(hidden, y, rtol=1e-5, atol=1e-6)
+
+
+def test_other_frequencies_and_a_scale_of_queries_and_keys():
+    params, apply = begun("plain")
+    plain, _ = apply(params, X)
+    own = 10000.0 ** (-jnp.arange(2) / 2.0)
+    same = BODIES["plain"].clone(frequencies=own)
+    np.testing.assert_allclose(same.apply(params, X)[0], plain, rtol=1e-5, atol=1e-6)
+    # Half the frequencies are the angles of half the positions, traced or not.
+    x = jax.random.normal(jax.random.key(3), (1, 3, 1, 4))
+    places = jnp.arange(3)[None]
+    half = rotary(x, places / 2)
+    np.testing.assert_allclose(rotary(x, places, frequencies=own / 2), half, rtol=1e-5)
+
+    @jax.jit
+    def moved(frequencies, scale):
+        body = BODIES["plain"].clone(frequencies=frequencies, rope_scale=scale)
+        return body.apply(params, X)[0]
+
+    # A scale of queries and keys is one of both their matrices.
+    louder = jax.tree_util.tree_map_with_path(
+        lambda path, v: 1.2 * v if {"query", "key"} & {p.key for p in path} else v,
+        params,
+    )
+    np.testing.assert_allclose(
+        moved(own, 1.2), apply(louder, X)[0], rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(moved(own / 4, 1.0), plain, atol=1e-3)
+    with pytest.raises(ValueError, match="'frequencies' has shape"):
+        rotary(x, places, frequencies=own[:1])

@@ -22,7 +22,7 @@ def of_the_paper(x, std, lam, *, alpha, beta1, beta2, gamma, mu):
 def test_it_is_the_papers(gamma):
     x = np.linspace(-5.0, 5.0, 101)
     knobs = {"alpha": 1.3, "beta1": 0.7, "beta2": 0.4, "gamma": gamma, "mu": 2.0}
-    got = velu(x.astype(np.float32), 1.5, 0.8, **knobs)
+    got = velu(x.astype(np.float32), 1.5, lam=0.8, **knobs)
     assert_allclose(got, of_the_paper(x, 1.5, 0.8, **knobs), rtol=2e-5, atol=1e-6)
     plain = of_the_paper(x, 0.0, 0.8, **knobs)
     assert np.abs(got - plain).max() > 0.1  # the spread matters

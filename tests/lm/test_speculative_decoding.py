@@ -1,0 +1,369 @@
+"""Distributions by enumeration, greedy texts by loops, and transformers with caches."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from jaxzoo.lm.speculative_decoding import (
+    acceptance_rate,
+    adjusted_log_probs,
+    expected_tokens,
+    ngram_log_probs,
+    speculative_accept,
+    speculative_decode,
+    speed_up,
+)
+from jaxzoo.nn.language_model import LanguageModel
+from jaxzoo.nn.transformer import Transformer
+
+greedy = functools.partial(adjusted_log_probs, temperature=0.0)
+SYMBOLS = 5
+
+
+def logits(seed, *shape, scale=1.5):
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def softmax(x):
+    x = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def model(table):
+    """What follows depends on the last token; there is no state."""
+    return lambda state, x: (jnp.asarray(table)[x], state)
+
+
+# Acceptance.
+
+
+def outcomes(p, q, drafted):
+    """Probabilities of (kept, token), given the drafts: algorithm 1 in float64."""
+    table, reach = np.zeros((len(drafted) + 1, p.shape[-1])), 1.0
+    for i, x in enumerate(drafted):
+        keep = min(1.0, p[i, x] / q[i, x])
+        left = np.maximum(p[i] - q[i], 0)
+        table[i] = reach * (1 - keep) * left / max(left.sum(), 1e-300)
+        reach *= keep
+    table[-1] = reach * p[-1]
+    return table
+
+
+def assert_drawn_from(counts, probs):
+    """No count is five standard deviations off; what cannot be is never drawn."""
+    total = counts.sum()
+    assert_allclose(probs.sum(), 1, rtol=1e-6)
+    assert np.all(counts[probs == 0] == 0)
+    spread = np.sqrt(total * probs * (1 - probs))
+    assert np.all(np.abs(counts - total * probs) <= 5 * spread + 1)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def many(key, p, q, drafted, count):
+    def whole(x):
+        return jnp.broadcast_to(x, (count, *x.shape))
+
+    return speculative_accept(key, whole(p), whole(q), whole(drafted))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_and_token_have_the_probabilities_of_the_algorithm(seed):
+    p, q = logits(seed, 4, SYMBOLS), logits(seed + 9, 3, SYMBOLS)
+    drafted = np.random.default_rng(seed).integers(0, SYMBOLS, 3)
+    kept, token = many(jax.random.key(seed), p, q, drafted, 50_000)
+    counts = np.zeros((4, SYMBOLS))
+    np.add.at(counts, (np.asarray(kept), np.asarray(token)), 1)
+    assert_drawn_from(counts, outcomes(softmax(p), softmax(q), drafted))
+
+
+def test_a_token_that_the_draft_never_writes_and_one_that_the_target_never_does():
+    with np.errstate(divide="ignore"):
+        p = np.log(np.array([[0.7, 0.3, 0.0]] * 2, np.float32))
+        q = np.log(np.array([[0.0, 0.4, 0.6]], np.float32))
+    for x in (1, 2):
+        kept, token = many(jax.random.key(x), p, q, np.array([x]), 20_000)
+        counts = np.zeros((2, 3))
+        np.add.at(counts, (np.asarray(kept), np.asarray(token)), 1)
+        assert_drawn_from(counts, outcomes(np.exp(p), np.exp(q), [x]))
+    # Nothing in common: p alone is left.
+    p = np.where(np.arange(4) < 2, logits(0, 4), -np.inf).astype(np.float32)
+    q = np.where(np.arange(4) < 2, -np.inf, 0).astype(np.float32)
+    kept, token = many(
+        jax.random.key(0), np.stack([p, p]), q[None], np.array([3]), 20_000
+    )
+    assert np.all(kept == 0)
+    assert_drawn_from(np.bincount(token, minlength=4), softmax(p))
+
+
+def test_equal_distributions_are_always_kept_and_nothing_is_nan():
+    p = logits(0, 3, SYMBOLS)
+    for shift in (0.0, 3.7):  # which is normalised away, but for rounding
+        for x in range(SYMBOLS):
+            kept, token = many(
+                jax.random.key(x), p, p[:2] + np.float32(shift), np.array([x, x]), 4000
+            )
+            assert np.mean(kept) > 1.999
+            assert np.all((token >= 0) & (token < SYMBOLS))
+    accept = functools.partial(speculative_accept, jax.random.key(0))
+    for size in (1e30, -1e30):  # one-hot
+        kept, token = accept(size * p, size * p[:2], np.argmax(size * p, 1)[:2])
+        assert kept == 2 and token == np.argmax(size * p[2])
+
+
+def test_acceptance_rate_is_one_less_total_variation_and_what_is_measured():
+    p, q = logits(0, 6, SYMBOLS), logits(1, 6, SYMBOLS)
+    tv = np.abs(softmax(p) - softmax(q)).sum(-1) / 2
+    assert_allclose(acceptance_rate(p, q), 1 - tv, rtol=1e-5)
+    assert_allclose(acceptance_rate(p, p + 3), 1, rtol=1e-6)
+    hot = greedy(p), greedy(q)
+    assert_array_equal(acceptance_rate(*hot), p.argmax(-1) == q.argmax(-1))
+    draw = jax.random.categorical(jax.random.key(0), q[0], shape=(50_000, 1))
+
+    def one(key, x):
+        return speculative_accept(key, p[[0, 0]], q[:1], x)[0]
+
+    kept = jax.vmap(one)(jax.random.split(jax.random.key(1), 50_000), draw)
+    assert_allclose(kept.mean(), 1 - tv[0], atol=5 * 0.5 / 50_000**0.5)
+
+
+# Drawing.
+
+
+def test_adjusted_distributions():
+    x = np.array([[1.0, 3.0, 3.0, 2.0, -1.0]], np.float32)
+    for temperature in (0.1, 0.7, 3.0):
+        got = adjusted_log_probs(x, temperature=temperature)
+        assert_allclose(np.exp(got), softmax(x / temperature), rtol=1e-5)
+    kept = adjusted_log_probs(x, top_k=2, temperature=0.5)
+    assert_allclose(np.exp(kept), [[0, 0.5, 0.5, 0, 0]], rtol=1e-6)
+    # Of equal logits the first stays.
+    assert_array_equal(np.exp(adjusted_log_probs(x, top_k=1)), [[0, 1, 0, 0, 0]])
+    assert_array_equal(np.exp(greedy(x)), [[0, 1, 0, 0, 0]])
+    assert_allclose(adjusted_log_probs(x, top_k=99), adjusted_log_probs(x))
+    cold = adjusted_log_probs(1e30 * x, temperature=1e-30)
+    assert_allclose(np.exp(cold), [[0, 0.5, 0.5, 0, 0]])
+    gradient = jax.grad(
+        lambda x: adjusted_log_probs(x, top_k=3, temperature=0.5)[0, 1]
+    )(x)
+    p = softmax(np.array([3.0, 3.0, 2.0]) / 0.5)
+    assert_allclose(gradient, [[0, 2 - 2 * p[0], -2 * p[1], -2 * p[2], 0]], atol=1e-5)
+
+
+# Numbers of drafts.
+
+
+def test_the_papers_table_of_expected_tokens():
+    table = {(0.6, 2): 1.96, (0.7, 3): 2.53, (0.8, 2): 2.44, (0.8, 5): 3.69}
+    table |= {(0.9, 2): 2.71, (0.9, 10): 6.86}
+    for (a, drafts), tokens in table.items():
+        got = expected_tokens(np.full((), a, np.float32), drafts=drafts)
+        assert_allclose(got, tokens, atol=0.005)
+        assert_allclose(got, (1 - a ** (drafts + 1)) / (1 - a), rtol=1e-5)
+    ends = expected_tokens(np.array([-1.0, 0.0, 1.0, 2.0], np.float32), drafts=4)
+    assert_array_equal(ends, [1, 1, 5, 5])
+    slope = jax.grad(lambda a: expected_tokens(a, drafts=4))
+    assert_allclose(slope(jnp.array(1.0)), 1 + 2 + 3 + 4)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.02, 0.3])
+def test_best_number_of_drafts_by_search(cost):
+    a = np.linspace(0, 0.99, 34)
+    drafts = np.arange(65)[:, None]
+    factors = (1 - a[None] ** (drafts + 1)) / (1 - a[None]) / (drafts * cost + 1)
+    value, best = map(np.asarray, speed_up(a.astype(np.float32), cost_ratio=cost))
+    assert_allclose(value, factors.max(0), rtol=1e-4)
+    assert_allclose(factors[best, np.arange(34)], factors.max(0), rtol=1e-4)
+    # Corollary 3.9: drafts pay where a > c, and at least (1 + a) / (1 + c).
+    assert np.all(best[a < cost] == 0) and np.all(value[a < cost] == 1)
+    pays = a > cost + 0.001
+    assert np.all(value[pays] > 0.9999 * (1 + a[pays]) / (1 + cost))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_ngrams_by_counting(order):
+    text = np.random.default_rng(0).integers(0, 4, 200)
+    text[text == 3] = 0  # one symbol that never comes
+
+    def prob(context, x):
+        if context is None:
+            return 1 / 4
+        n = len(context) + 1
+        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        both, alone = grams.count((*context, x)), sum(g[:-1] == context for g in grams)
+        shorter = context[1:] if context else None
+        return (both + 0.5 * prob(shorter, x)) / (alone + 0.5)
+
+    table = ngram_log_probs(text, vocabulary=4, order=order, pseudocount=0.5)
+    assert table.shape == (4,) * order
+    assert_allclose(np.exp(table).sum(-1), 1, rtol=1e-5)
+    rng = np.random.default_rng(1)
+    for entry in rng.integers(0, 4, (20, order)):
+        *context, x = map(int, entry)
+        expected = prob(tuple(context), x)
+        assert_allclose(np.exp(table[tuple(entry)]), expected, rtol=1e-5)
+    short = ngram_log_probs(text[:1], vocabulary=4, order=order, pseudocount=0.5)
+    assert_allclose(np.exp(short).sum(-1), 1, rtol=1e-5)
+
+
+# Decoding.
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "num_drafted", "adjust"))
+def decode(key, p, q, prompt, num_tokens, num_drafted=3, adjust=None, lengths=None):
+    return speculative_decode(
+        key, model(p), model(q), prompt, target_state=(), draft_state=(),
+        num_tokens=num_tokens, num_drafted=num_drafted, adjust=adjust, lengths=lengths,
+    )  # fmt: skip
+
+
+def test_texts_have_the_distribution_of_the_target():
+    """All texts of three tokens, enumerated."""
+    p, q = logits(0, 4, 4), logits(1, 4, 4)
+    rows = 100_000
+    prompt = np.tile([[1, 2]], (rows, 1))
+    text, aux = decode(jax.random.key(0), p, q, prompt, 3, num_drafted=2)
+    counts = np.zeros((4, 4, 4))
+    np.add.at(counts, tuple(np.asarray(text).T), 1)
+    p, q = softmax(p), softmax(q)
+    probs = p[2][:, None, None] * p[:, :, None] * p[None]
+    assert_drawn_from(counts, probs)
+    # The draft writes other texts.
+    wrong = q[2][:, None, None] * q[:, :, None] * q[None]
+    assert np.abs(probs - wrong).sum() / 2 > 0.3
+    assert np.all(aux["calls"] <= 3) and np.all(aux["rejected"] <= aux["calls"])
+
+
+def test_tokens_per_call_are_those_of_the_formula():
+    """The same p and q after every token: rates are independent."""
+    p, q = (np.tile(logits(s, 1, 6), (6, 1)) for s in (3, 4))
+    rate = acceptance_rate(p[0], q[0])
+    for drafts in (1, 4):
+        prompt = np.zeros((500, 2), int)
+        _, aux = decode(jax.random.key(1), p, q, prompt, 60, num_drafted=drafts)
+        calls, kept, rejected = (
+            int(aux[k].sum()) for k in ("calls", "kept", "rejected")
+        )
+        assert_allclose(kept / (kept + rejected), rate, rtol=0.02)
+        expected = expected_tokens(rate, drafts=drafts)
+        assert_allclose(1 + kept / calls, expected, rtol=0.02)
+        assert_allclose(aux["tokens_per_call"], 1 + aux["kept"] / aux["calls"])
+
+
+def test_equal_models_and_models_that_never_agree():
+    p, prompt = logits(0, SYMBOLS, SYMBOLS), np.zeros((3, 2), int)
+    key = jax.random.key(0)
+    for count in (8, 9):
+        text, aux = decode(key, p, p, prompt, count, adjust=greedy)
+        assert_array_equal(aux["calls"], -(-count // 4))
+        assert_array_equal(aux["tokens_per_call"], 4)
+        assert text.shape == (3, count)
+    _, aux = decode(key, p, -p, prompt, 9, adjust=greedy)
+    assert_array_equal(aux["calls"], 9)
+    assert_array_equal(aux["rejected"], 9)
+
+
+@pytest.mark.parametrize("drafts", [1, 5])
+def test_greedy_texts_are_the_targets_whatever_is_drafted(drafts):
+    p = logits(0, 64, 64)
+    prompt = np.random.default_rng(0).integers(0, 64, (6, 4))
+    lengths = np.array([4, 2, 3, 4, 3, 2])
+    expected = [[row[n - 1]] for row, n in zip(prompt, lengths, strict=True)]
+    for _ in range(20):
+        expected = [[*row, np.argmax(p[row[-1]])] for row in expected]
+    for noise in (0.0, 1.0, 3.0):
+        q = p + noise * logits(1, 64, 64, scale=1.0)
+        text, aux = decode(jax.random.key(0), p, q, prompt, 20, drafts, greedy, lengths)
+        assert_array_equal(text, np.array(expected)[:, 1:])
+    assert len(set(np.asarray(aux["kept"]).tolist())) > 1
+
+
+def test_two_caches_are_rewound_row_by_row():
+    """Against the target without any cache; prompts of different lengths."""
+    prompt = np.random.default_rng(0).integers(0, 11, (4, 6)).astype(np.int32)
+    lengths, count, drafts = np.array([6, 2, 4, 5]), 12, 3
+    body = Transformer(8, depth=2, heads=2, implementation="ref")
+    net = LanguageModel(11, 8, body, is_tied=False)
+    # Larger than at first, or they repeat themselves.
+    init = jax.jit(lambda key: jax.tree.map(lambda x: 3.0 * x, net.init(key, prompt)))
+    params, others = (init(jax.random.key(seed)) for seed in (0, 1))
+
+    def reader(params: Any):
+        return lambda cache, x: net.apply(params, x, cache)
+
+    @jax.jit
+    def run(params, draft_params):
+        cache = body.empty_cache(4, 6 + count + drafts)
+        return speculative_decode(
+            jax.random.key(0), reader(params), reader(draft_params), prompt,
+            target_state=cache, draft_state=cache, num_tokens=count,
+            num_drafted=drafts, adjust=greedy, lengths=lengths,
+        )  # fmt: skip
+
+    @jax.jit
+    def whole(x):
+        logits: Any = net.apply(params, x)
+        return jnp.argmax(logits[0], axis=-1)
+
+    known = np.pad(prompt, ((0, 0), (0, count)))
+    for i in range(count):
+        after = np.asarray(whole(known))
+        for row, n in enumerate(lengths):
+            known[row, n + i] = after[row, n + i - 1]
+    expected = [known[r, n : n + count] for r, n in enumerate(lengths)]
+    assert len(np.unique(expected)) > 3
+    text, aux = run(params, params)
+    assert_array_equal(text, expected)
+    assert_array_equal(aux["calls"], 3)
+    text, aux = run(params, others)
+    assert_array_equal(text, expected)
+    assert np.all(aux["rejected"] > 0) and len(set(aux["calls"].tolist())) > 1
+
+
+def test_states_are_rewound_by_a_function_of_the_callers():
+    """A state that counts what it has read: it must know each token's place."""
+    p = logits(0, 40, SYMBOLS)
+
+    def placed(state, x):
+        places = state[:, None] + 1 + jnp.arange(x.shape[1])[None]
+        return jnp.asarray(p)[places], state + x.shape[1]
+
+    def noisy(state, x):
+        got, state = placed(state, x)
+        return got + jnp.asarray(logits(1, SYMBOLS, SYMBOLS))[x], state
+
+    @jax.jit
+    def run(key):
+        zero, prompt = jnp.zeros(3, jnp.int32), jnp.zeros((3, 4), jnp.int32)
+        return speculative_decode(
+            key, placed, noisy, prompt, target_state=zero, draft_state=zero,
+            num_tokens=25, num_drafted=2, adjust=greedy,
+            rewind=lambda state, count: state - count,
+        )  # fmt: skip
+
+    text, aux = run(jax.random.key(0))
+    assert_array_equal(text, np.tile(p[4:29].argmax(-1), (3, 1)))
+    assert np.all(aux["rejected"] > 0) and np.all(aux["kept"] > 0)
+
+
+def test_bad_arguments_are_named():
+    p, q = logits(0, 4, SYMBOLS), logits(1, 3, SYMBOLS)
+    key, table = jax.random.key(0), model(logits(0, SYMBOLS, SYMBOLS))
+    with pytest.raises(ValueError, match="'target_logits' has 3 places, .* the 3 of"):
+        speculative_accept(key, p[:3], q, np.zeros(3, int))
+    with pytest.raises(TypeError, match=r"argument 'draft_logits' is float32\[3,4\]"):
+        speculative_accept(key, p, q[:, :4], np.zeros(3, int))
+    with pytest.raises(ValueError, match="'temperature' is -1.0"):
+        adjusted_log_probs(p, temperature=-1.0)
+    with pytest.raises(ValueError, match="'pseudocount' is 0.0"):
+        ngram_log_probs(np.zeros(3, int), vocabulary=2, pseudocount=0.0)
+    states: Any = {"target_state": (), "draft_state": (), "num_tokens": 1}
+    with pytest.raises(ValueError, match="'prompt' has 1 tokens"):
+        speculative_decode(key, table, table, np.zeros((2, 1), int), **states)
+    with pytest.raises(ValueError, match="'rewind' is None, expected a function"):
+        states |= {"target_state": jnp.zeros(2)}
+        speculative_decode(key, table, table, np.zeros((2, 3), int), **states)
