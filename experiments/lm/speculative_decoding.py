@@ -275,7 +275,8 @@ def formula(rate: Any, drafts: int) -> np.ndarray:
 
 
 def off(measured: Any, expected: Any) -> np.ndarray:
-    return np.asarray(measured) / np.asarray(expected) - 1
+    # A rate of 0, as of models that have hardly been trained, has no relative error.
+    return np.asarray(measured) / np.maximum(expected, 1e-6) - 1
 
 
 def claims_of(config: Config, found: Any, tables: Any, texts: Any) -> list[Claim]:

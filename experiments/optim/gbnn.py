@@ -132,7 +132,7 @@ def boosted(config: Config, table: Table) -> dict[str, np.ndarray]:
             "whole": model(x),
             "merged": model.merge()(x),
             "half": half.merge()(x),
-            "staged": model.constant + staged,
+            "staged": model.constant[None, None] + staged,
         }
 
     return over_grid(one, config.shrinkages, table)

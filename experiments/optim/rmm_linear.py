@@ -96,7 +96,7 @@ def drawn(config: Config, seed: int, rho: float, kind: Any) -> dict[str, jax.Arr
     # Another stream than that of the matrices.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 7), config.draws)
     estimates = jax.lax.map(one, keys, batch_size=min(config.draws, 2000))
-    squares = jnp.sum(jnp.square(estimates - exact), axis=(1, 2))
+    squares = jnp.sum(jnp.square(estimates - exact[None]), axis=(1, 2))
     off = jnp.linalg.norm(jnp.mean(estimates, axis=0) - exact)
     measured = jnp.mean(squares)
     predicted, aux = variance_rmm(x, dy, rho=rho, kind=kind)

@@ -77,11 +77,11 @@ def task(config: Config, *, with_tract: bool) -> Task:
         layers = params["params"]["MLP_0"]
         dense = [(d["kernel"], d["bias"]) for d in map(layers.get, sorted(layers))]
         x = jax.nn.relu(first(x, *dense[0]))
-        x = jax.nn.relu(x @ dense[1][0] + dense[1][1])
-        return x @ dense[2][0] + dense[2][1]
+        x = jax.nn.relu(x @ dense[1][0] + dense[1][1][None])
+        return x @ dense[2][0] + dense[2][1][None]
 
     def affine(x, w, b):
-        return x @ w + b
+        return x @ w + b[None]
 
     def loss(params, key, example):
         x = jittered(key, example["image"], config.lowest)

@@ -250,7 +250,7 @@ def bias_of_one_layer(config: Config, seed: jax.Array) -> jax.Array:
         return jax.vjp(of, jnp.ones((8, 6)))[1](dy)[0]
 
     drawn = jax.vmap(one)(jax.random.split(keys[3], config.draws))
-    error = drawn - jnp.einsum("nti,nto->io", x, dy)
+    error = drawn - jnp.einsum("nti,nto->io", x, dy)[None]
     squares = jnp.mean(jnp.sum(jnp.square(error), axis=(1, 2)))
     return jnp.linalg.norm(jnp.mean(error, axis=0)) / jnp.sqrt(squares / config.draws)
 

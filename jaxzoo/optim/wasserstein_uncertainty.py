@@ -95,7 +95,7 @@ def sliced_w2(
         Its estimate, float32, between 0 and W_2.
 
     >>> a = jnp.array([[0.0, 0.0], [1.0, 0.0]])
-    >>> float(sliced_w2(jax.random.key(0), a, a + jnp.array([3.0, 4.0])))  # 5 / sqrt(2)
+    >>> float(sliced_w2(jax.random.key(0), a, a + jnp.array([[3.0, 4.0]])))  # 5 / sqrt2
     3.7
     """
     check_range("num_projections", num_projections, low=1)
