@@ -14,7 +14,7 @@ novel, 1: what DGC gains there is no claim of the paper's.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
 
-OWN: Any = DGCState(None, 0, 0, None)  # type: ignore[arg-type]
-SHARED: Any = DGCState(None, None, None, None)  # type: ignore[arg-type]
+OWN = DGCState(*cast(Any, (None, 0, 0, None)))
+SHARED = DGCState(*cast(Any, (None, None, None, None)))
 NAMES = ("momentum SGD", "DGC", "no momentum correction", "no factor masking")
 
 

@@ -15,7 +15,7 @@ after the warm-up and is higher at equal rates.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
 
-AXES: Any = OneBitAdamState(None, 0, 0, None)  # type: ignore[arg-type]
+AXES = OneBitAdamState(*cast(Any, (None, 0, 0, None)))
 NAMES = ("Adam", "1-bit Adam", "no error feedback", "1-bit gradients")
 
 

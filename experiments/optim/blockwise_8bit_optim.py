@@ -119,7 +119,10 @@ def relative_errors(adam: Any, seeds: int) -> dict[str, dict[str, np.ndarray]]:
 
 def moments(state: Any) -> Any:
     """The state of `scale_by_adam` inside a chain."""
-    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+
+    def is_adam(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByAdamState)
+
     return next(x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x))
 
 

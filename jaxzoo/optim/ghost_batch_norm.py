@@ -214,12 +214,14 @@ def large_batch_sgd(
         new, state = inner.update(in_float32(updates), state, params)
         return like(new, updates), state
 
-    if callable(learning_rate):
-        schedule: Any = learning_rate
-        rate: Rate = lambda step: ratio * schedule(step)  # noqa: E731
-    else:
+    base: Any = learning_rate
+
+    def scaled(step: Any) -> Any:
+        return ratio * base(step)
+
+    if not callable(learning_rate):
         check_range("learning_rate", learning_rate, low=0.0)
-        rate = ratio * learning_rate
+    rate: Rate = scaled if callable(learning_rate) else ratio * learning_rate
     direction = optax.GradientTransformation(init, update)
     return descend(direction, rate, weight_decay=weight_decay, mask=mask)
 

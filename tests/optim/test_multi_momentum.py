@@ -179,7 +179,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="argument 'proportions' has 2 entries, exp"):
         scale_by_multi_momentum(n_clusters=3, proportions=np.ones(2, np.float32))
     with pytest.raises(ValueError, match="argument 'base' is 'adam'"):
-        multi_momentum(0.1, n_clusters=2, base="adam")  # type: ignore[arg-type]
+        multi_momentum(0.1, n_clusters=2, base="adam")  # pyright: ignore
     direction: Any = scale_by_multi_momentum(n_clusters=2)
     state = direction.init(jnp.zeros(2))
     with pytest.raises(TypeError, match="cluster_updates and counts come together"):
