@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {"slug": str, "title": str, "arxiv": str, "year": int}
 FIELDS |= {"authors": str, "where": str, "differs": str}
 STATUSES = ("planned", "built", "holds", "fails")
+# Experiments that are no paper: all methods of a topic side by side, and a whole model.
+NO_PAPERS = ("compare", "pretrain")
 HEAD = """# Catalogue
 
 Written by `python -m jaxzoo.catalogue` from the `PAPER` literals in the code and the
@@ -155,7 +157,7 @@ def problems(root: Path = ROOT) -> list[str]:
         if (path := _relative(root, file)) not in used:
             found.append(f"{path}: an experiment without a paper")
     for file in sorted((root / "experiments" / "results").glob("*/*.json")):
-        other = file.parent.name == "bench" or file.stem == "compare"
+        other = file.parent.name == "bench" or file.stem in NO_PAPERS
         if f"experiments/{file.parent.name}/{file.stem}.py" not in used and not other:
             found.append(f"{_relative(root, file)}: a result without a paper")
     return sorted(found)
@@ -287,12 +289,11 @@ def _relative(root: Path, file: Path) -> str:
 
 
 def _experiments(root: Path) -> list[Path]:
-    # bench/ holds ratios against peers, launch/ files for pods, and compare.py puts all
-    # methods of a topic side by side: none is a paper.
+    # bench/ holds ratios against peers, launch/ files for pods: none is a paper.
     files = (root / "experiments").glob("*/[!_]*.py")
     others = ("bench", "launch")
     return sorted(
-        f for f in files if f.parent.name not in others and f.stem != "compare"
+        f for f in files if f.parent.name not in others and f.stem not in NO_PAPERS
     )
 
 

@@ -40,7 +40,7 @@ from jaxzoo.core.collectives import (
 )
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
-__all__ = ["token_kl", "token_logprobs"]
+__all__ = ["target_logprobs", "token_kl", "token_logprobs"]
 
 
 @typed
@@ -98,6 +98,35 @@ def token_logprobs(
 
 
 @typed
+def target_logprobs(
+    logits: Float[ArrayLike, "*batch v"], targets: Int[ArrayLike, "*batch"]
+) -> Float[Array, "*batch"]:
+    """The log-probability of each target, where the logits are at hand.
+
+    l_target - logsumexp(l): the probabilities of all tokens are made in the gradient
+    alone, into the array that it is returned in.
+
+    Args:
+        logits: `[..., V]`.
+        targets: integers in [0, V), `[...]`.
+
+    Returns:
+        float32 `[...]` in nats.
+
+    Raises:
+        ValueError: a target outside the vocabulary, as in `token_logprobs`.
+
+    >>> target_logprobs(jnp.array([[9.0, 10.0, 11.0]]), jnp.array([1])).tolist()
+    [-1.4076]
+    """
+    logits, targets = as_float32(logits), jnp.asarray(targets)
+    inside = _check_targets(targets, logits.shape[-1])
+    place = jnp.where(inside, targets, 0)[..., None]
+    own = jnp.take_along_axis(logits, place, axis=-1)[..., 0]
+    return jnp.where(inside, own - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+
+
+@typed
 def token_kl(
     hidden: Float[ArrayLike, "*batch d"],
     head: Float[ArrayLike, "d v"],
@@ -152,12 +181,15 @@ class _Sums(NamedTuple):
 def _check_targets(targets: Array, size: int) -> Array:
     """Where targets are in the vocabulary; raises if they can be seen not to be."""
     inside = (targets >= 0) & (targets < size)
-    if not isinstance(targets, Tracer) and not np.all(inside):
-        wrong = np.asarray(targets)[~np.asarray(inside)]
-        raise ValueError(
-            f"argument 'targets' holds {wrong[0]}, expected integers from 0 to "
-            f"{size - 1}, the columns of 'head'."
-        )
+    if not isinstance(targets, Tracer):
+        # By NumPy: inside `jax.jit` also what is computed of constants is a tracer.
+        plain = np.asarray(targets)
+        wrong = plain[(plain < 0) | (plain >= size)]
+        if wrong.size:
+            raise ValueError(
+                f"argument 'targets' holds {wrong[0]}, expected integers from 0 to "
+                f"{size - 1}, the columns of 'head'."
+            )
     checkify.debug_check(
         jnp.all(inside), "argument 'targets' holds a token outside the vocabulary."
     )

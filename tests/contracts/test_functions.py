@@ -104,11 +104,12 @@ def test_gradients_are_finite_and_survive_jit_and_remat(case):
 
 
 @differentiable
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e3, 1e4, 1e30])
-def test_gradients_are_finite_for_extreme_inputs(case, size):
+def test_gradients_are_finite_for_extreme_inputs(case):
     scalar, floats = case.objective()
     gradient = jax.jit(jax.grad(scalar, tuple(range(len(floats)))))
-    assert all(np.all(np.isfinite(g)) for g in gradient(*[size * x for x in floats]))
+    for size in (0.0, 1e-30, 1e3, 1e4, 1e30):
+        got = gradient(*[size * x for x in floats])
+        assert all(np.all(np.isfinite(g)) for g in got), f"inputs times {size:g}"
 
 
 @differentiable

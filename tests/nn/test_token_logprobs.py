@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxzoo.nn.token_logprobs import token_kl, token_logprobs
+from jaxzoo.nn.token_logprobs import target_logprobs, token_kl, token_logprobs
 
 V, D = 40, 8
 NAMES = ("logp", "entropy", "logsumexp")
@@ -215,3 +215,35 @@ def test_bad_input_is_named():
         token_logprobs(hidden, head, targets, chunk=0)
     with pytest.raises(ValueError, match="'axis_name'"):
         token_logprobs(hidden, head, targets, axis_name="nowhere")
+
+
+def test_of_logits_it_is_log_softmax(key):
+    logits = 9.0 * jax.random.normal(key, (3, 5, 11))
+    targets = jax.random.randint(key, (3, 5), 0, 11)
+
+    def dense(logits):
+        logp = jax.nn.log_softmax(logits)
+        return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+
+    np.testing.assert_allclose(
+        target_logprobs(logits, targets), dense(logits), rtol=1e-5
+    )
+    ours, theirs = (
+        jax.grad(lambda x, g=g: jnp.sum(jnp.sin(g(x))))(logits)
+        for g in (lambda x: target_logprobs(x, targets), dense)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for size in (1e4, -1e4):
+        slope = jax.grad(lambda x: target_logprobs(x, targets).sum())(size * logits)
+        assert np.all(np.isfinite(slope))
+    with pytest.raises(ValueError, match="'targets' holds 11"):
+        target_logprobs(logits, jnp.full((3, 5), 11))
+
+
+def test_constants_inside_jit_are_looked_at(key):
+    hidden, head = jax.random.normal(key, (3, 8)), jax.random.normal(key, (8, 5))
+    targets = jnp.array([0, 4, 2])
+    wrong = targets + 1
+    jax.jit(lambda h: token_logprobs(h, head, targets)[0])(hidden)
+    with pytest.raises(ValueError, match="'targets' holds 5"):
+        jax.jit(lambda h: token_logprobs(h, head, wrong)[0])(hidden)
