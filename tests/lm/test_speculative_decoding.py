@@ -17,6 +17,7 @@ from jaxzoo.lm.speculative_decoding import (
     speculative_accept,
     speculative_decode,
     speed_up,
+    tree_accept,
 )
 from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.transformer import Transformer
@@ -213,20 +214,29 @@ def test_ngrams_by_counting(order):
 # Decoding.
 
 
-@functools.partial(jax.jit, static_argnames=("num_tokens", "num_drafted", "adjust"))
-def decode(key, p, q, prompt, num_tokens, num_drafted=3, adjust=None, lengths=None):
+STATIC = ("num_tokens", "num_drafted", "adjust", "branches")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def decode(
+    key, p, q, prompt, num_tokens, num_drafted=3, adjust=None, lengths=None, branches=1
+):
     return speculative_decode(
         key, model(p), model(q), prompt, target_state=(), draft_state=(),
         num_tokens=num_tokens, num_drafted=num_drafted, adjust=adjust, lengths=lengths,
+        branches=branches,
     )  # fmt: skip
 
 
-def test_texts_have_the_distribution_of_the_target():
+@pytest.mark.parametrize("branches", [1, 3])
+def test_texts_have_the_distribution_of_the_target(branches):
     """All texts of three tokens, enumerated."""
     p, q = logits(0, 4, 4), logits(1, 4, 4)
     rows = 100_000
     prompt = np.tile([[1, 2]], (rows, 1))
-    text, aux = decode(jax.random.key(0), p, q, prompt, 3, num_drafted=2)
+    text, aux = decode(
+        jax.random.key(0), p, q, prompt, 3, num_drafted=2, branches=branches
+    )
     counts = np.zeros((4, 4, 4))
     np.add.at(counts, tuple(np.asarray(text).T), 1)
     p, q = softmax(p), softmax(q)
@@ -236,6 +246,42 @@ def test_texts_have_the_distribution_of_the_target():
     wrong = q[2][:, None, None] * q[:, :, None] * q[None]
     assert np.abs(probs - wrong).sum() / 2 > 0.3
     assert np.all(aux["calls"] <= 3) and np.all(aux["rejected"] <= aux["calls"])
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_a_tree_keeps_as_often_as_its_candidates_allow(branches):
+    """The first token: the chance that none of K draws is kept, by enumeration."""
+    p, q = logits(5, 5), logits(6, 5)
+    left, q_probs, refused = softmax(p), softmax(q), 1.0
+    for _ in range(branches):
+        kept = np.minimum(left, q_probs).sum()
+        refused *= 1 - kept
+        left = np.maximum(left - q_probs, 0)
+        left /= left.sum()
+    rows = 40_000
+    keys = jax.random.split(jax.random.key(2))
+    drafted = jax.random.categorical(keys[0], q, shape=(rows, branches, 1))
+    target = np.broadcast_to(p, (rows, branches, 2, 5))
+    draft = np.broadcast_to(q, (rows, branches, 1, 5))
+    kept, token, branch = jax.jit(tree_accept)(keys[1], target, draft, drafted)
+    assert abs(np.mean(kept == 0) - refused) < 4 * 0.5 / rows**0.5
+    first = np.take_along_axis(drafted[..., 0], branch[:, None], 1)[:, 0]
+    first = np.where(kept == 1, first, token)
+    assert_drawn_from(np.bincount(first, minlength=5).astype(float), softmax(p))
+
+
+def test_the_branch_begins_with_what_was_kept():
+    """A target that is sure of 1, 2, 3: branches leave that way at several places."""
+    sure = np.full((3, 4, 5), -np.inf, np.float32)
+    for place, token in enumerate((1, 2, 3, 4)):
+        sure[:, place, token] = 0.0
+    drafted = np.array([[1, 0, 3], [1, 2, 0], [0, 2, 3]])
+    draft = np.zeros((3, 3, 5), np.float32)
+    kept, token, branch = tree_accept(jax.random.key(0), sure, draft, drafted)
+    assert (kept.item(), token.item(), branch.item()) == (2, 3, 1)
+    drafted[1, 2] = 3
+    kept, token, branch = tree_accept(jax.random.key(0), sure, draft, drafted)
+    assert (kept.item(), token.item(), branch.item()) == (3, 4, 1)
 
 
 def test_tokens_per_call_are_those_of_the_formula():
@@ -295,13 +341,21 @@ def test_two_caches_are_rewound_row_by_row():
     def reader(params: Any):
         return lambda cache, x: net.apply(params, x, cache)
 
-    @jax.jit
-    def run(params, draft_params):
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, draft_params, branches=1):
         cache = body.empty_cache(4, 6 + count + drafts)
+
+        def draw(logits):
+            return logits if branches > 1 else greedy(logits)
+
+        def sure(cache, x):  # whatever is drafted, the target is greedy
+            logits, cache = reader(params)(cache, x)
+            return greedy(logits), cache
+
         return speculative_decode(
-            jax.random.key(0), reader(params), reader(draft_params), prompt,
+            jax.random.key(0), sure, reader(draft_params), prompt,
             target_state=cache, draft_state=cache, num_tokens=count,
-            num_drafted=drafts, adjust=greedy, lengths=lengths,
+            num_drafted=drafts, adjust=draw, lengths=lengths, branches=branches,
         )  # fmt: skip
 
     @jax.jit
@@ -322,6 +376,10 @@ def test_two_caches_are_rewound_row_by_row():
     text, aux = run(params, others)
     assert_array_equal(text, expected)
     assert np.all(aux["rejected"] > 0) and len(set(aux["calls"].tolist())) > 1
+    # Branches are drawn, and so are more often right than one of them.
+    text, forked = run(params, params, 4)
+    assert_array_equal(text, expected)
+    assert np.all(forked["calls"] < count)
 
 
 def test_states_are_rewound_by_a_function_of_the_callers():
@@ -342,7 +400,7 @@ def test_states_are_rewound_by_a_function_of_the_callers():
         return speculative_decode(
             key, placed, noisy, prompt, target_state=zero, draft_state=zero,
             num_tokens=25, num_drafted=2, adjust=greedy,
-            rewind=lambda state, count: state - count,
+            rewind=lambda state, rows, count: state - count,
         )  # fmt: skip
 
     text, aux = run(jax.random.key(0))
@@ -355,6 +413,8 @@ def test_bad_arguments_are_named():
     key, table = jax.random.key(0), model(logits(0, SYMBOLS, SYMBOLS))
     with pytest.raises(ValueError, match="'target_logits' has 3 places, .* the 3 of"):
         speculative_accept(key, p[:3], q, np.zeros(3, int))
+    with pytest.raises(ValueError, match="'target_logits' has 3 places, .* the 3 of"):
+        tree_accept(key, p[None, :3], q[None], np.zeros((1, 3), int))
     with pytest.raises(TypeError, match=r"argument 'draft_logits' is float32\[3,4\]"):
         speculative_accept(key, p, q[:, :4], np.zeros(3, int))
     with pytest.raises(ValueError, match="'temperature' is -1.0"):

@@ -1,0 +1,335 @@
+"""What a language model costs: its loss, DPO, a training step, and decoding.
+
+Claims: with 32,000 tokens the chunked loss takes at most a tenth of the temporary
+memory of whole logits; DPO on logits 8 x 256 x 8192 takes at most 0.45 of PyTorch's
+time and 1 MiB of temporary memory; a training step makes as many tokens per second as
+that of an equal PyTorch model; the step of 24 layers compiles in 2 seconds; and
+decoding with a draft takes less time than without.
+
+    pip install torch
+    python -m experiments.bench.lm full     # 5 minutes on 2 quiet cores
+
+MEASURED
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.bench import _timing as timing
+from jaxzoo.data.text import moby_dick
+from jaxzoo.lm.dpo import dpo_loss
+from jaxzoo.lm.speculative_decoding import (
+    adjusted_log_probs,
+    ngram_log_probs,
+    speculative_decode,
+)
+from jaxzoo.nn.generate import generate
+from jaxzoo.nn.language_model import LanguageModel, next_token_loss
+from jaxzoo.nn.token_logprobs import target_logprobs, token_logprobs
+from jaxzoo.nn.transformer import Transformer
+from jaxzoo.training.command import experiment
+from jaxzoo.training.record import Claim, Report, Run
+
+Call = Callable[[], Any]
+CHUNKED, DENSE = "token_logprobs", "whole logits"
+DPO, TORCH_DPO = "dpo_loss of logits", "torch dpo of logits"
+STEP, TORCH_STEP = "training step", "torch training step"
+PLAIN, DRAFTED = "generate", "speculative_decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    tokens: int = 1024
+    features: int = 256
+    vocabulary: int = 32_000
+    """Of token_logprobs."""
+    dpo: tuple[int, int, int] = (8, 256, 8192)
+    """Rows, half of them chosen, tokens and vocabulary of DPO."""
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    rows: int = 8
+    length: int = 128
+    """Of the model that is trained and decoded from."""
+    layers: int = 24
+    """Of the step whose compilation is timed."""
+    pretraining: int = 300
+    """Steps of training before it is decoded from."""
+    written: int = 128
+    drafted: int = 3
+    """By bigrams of the text, which cost nothing."""
+    samples: int = 7
+    """Quiet ones of each contestant."""
+    seconds: float = 0.15
+    """Of one sample."""
+    patience: float = 100.0
+    """Seconds to wait for quiet."""
+    noise: float = 0.12
+    """Of a core, used by others."""
+    record: bool = True
+    """Also writes experiments/results/bench/lm_cpu.json."""
+
+
+PRESETS = {
+    "smoke": Config(
+        tokens=16, features=8, vocabulary=512, dpo=(4, 8, 64), width=16, depth=1,
+        heads=2, rows=2, length=16, layers=2, pretraining=2, written=8,
+        samples=2, seconds=0.01, patience=0.5, record=False,
+    ),
+    "full": Config(),
+}  # fmt: skip
+
+
+def temporary(function: Any, *arrays: Any) -> float:
+    """Bytes of temporary memory of a jitted function."""
+    analysis: Any = function.lower(*arrays).compile().memory_analysis()
+    return float(analysis.temp_size_in_bytes)
+
+
+def waiting(function: Any, *arrays: Any) -> Call:
+    return lambda: jax.block_until_ready(function(*arrays))
+
+
+def losses(config: Config) -> tuple[dict[str, Call], dict[str, float]]:
+    """Cross-entropy and gradient of hidden states and head, chunked and whole."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = config.features, config.vocabulary
+    hidden = jax.random.normal(keys[0], (config.tokens, config.features))
+    head = jax.random.normal(keys[1], shape) / config.features**0.5
+    targets = jax.random.randint(keys[2], (config.tokens,), 0, config.vocabulary)
+
+    def chunked(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return -jnp.mean(token_logprobs(hidden, head, targets)[0])
+
+    def dense(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return -jnp.mean(target_logprobs(hidden @ head, targets))
+
+    calls, bytes_of = {}, {}
+    for name, loss in {CHUNKED: chunked, DENSE: dense}.items():
+        both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        calls[name] = waiting(both, hidden, head)
+        bytes_of[name] = temporary(both, hidden, head)
+    return calls, bytes_of
+
+
+def preferences(config: Config) -> tuple[dict[str, Call], float]:
+    """DPO from logits to their gradient, ours and PyTorch's."""
+    rows, length, vocabulary = config.dpo
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=config.dpo).astype(np.float32)
+    tokens = rng.integers(0, vocabulary, (rows, length))
+    half = rows // 2
+    reference = rng.normal(size=(2, half)).astype(np.float32) - 9.0 * length
+
+    def loss(logits: jax.Array) -> jax.Array:
+        sums = jnp.sum(target_logprobs(logits, tokens), axis=-1)
+        return dpo_loss(sums[:half], sums[half:], reference[0], reference[1])[0]
+
+    both = jax.jit(jax.value_and_grad(loss))
+    given = jnp.asarray(logits)
+    calls = {DPO: waiting(both, given)}
+    if torch := imported():
+        theirs = torch.from_numpy(logits).requires_grad_()
+        index, fixed = torch.from_numpy(tokens)[..., None], torch.from_numpy(reference)
+
+        def call() -> Any:
+            theirs.grad = None
+            logp = torch.log_softmax(theirs, -1).gather(-1, index)[..., 0].sum(-1)
+            margin = (logp[:half] - fixed[0]) - (logp[half:] - fixed[1])
+            value = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+            value.backward()
+            return value.detach(), theirs.grad
+
+        calls[TORCH_DPO] = call
+        _same([calls[DPO](), call()])
+    return calls, temporary(both, given)
+
+
+def imported() -> Any:
+    """PyTorch, or None."""
+    try:
+        import torch  # pyright: ignore
+    except ImportError:
+        return None
+    return torch
+
+
+def _same(results: list[Any]) -> None:
+    arrays = [[np.asarray(x) for x in pair] for pair in results]
+    for ours, theirs in zip(*arrays, strict=True):
+        if (error := timing.far(ours, theirs)) > 1e-4:
+            raise ArithmeticError(f"jax and torch differ by {error}.")
+
+
+def model_of(config: Config, depth: int) -> LanguageModel:
+    body = Transformer(config.width, depth, config.heads)
+    return LanguageModel(256, config.width, body)
+
+
+def step_of(model: LanguageModel) -> Any:
+    optimizer = optax.adamw(1e-3)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        hidden, _ = model.apply(params, tokens[:, :-1], method="hidden")
+        head: Any = model.apply(params, method="head")
+        return next_token_loss(hidden, head, tokens[:, 1:])[0]
+
+    def step(params: Any, state: Any, tokens: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return optimizer.init, jax.jit(step, donate_argnums=(0, 1))
+
+
+def windows(config: Config, seed: int) -> np.ndarray:
+    text = moby_dick(window=1).split("train").arrays["token"].ravel()
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, len(text) - config.length, (config.rows, 1))
+    return text[first + np.arange(config.length + 1)[None]].astype(np.int32)
+
+
+def steps(config: Config) -> tuple[dict[str, Call], Any]:
+    """A training step that goes on from the last one, and trained parameters."""
+    model = model_of(config, config.depth)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    init, step = step_of(model)
+    held = [params, init(params)]
+    for t in range(config.pretraining):
+        *held[:], _ = step(*held, windows(config, t))
+    trained = jax.tree.map(jnp.copy, held[0])
+    tokens = jnp.asarray(windows(config, 0))
+
+    def call() -> Any:
+        *held[:], value = jax.block_until_ready(step(*held, tokens))
+        return value
+
+    calls = {STEP: call}
+    if imported():
+        from experiments.bench import _torch_lm
+
+        calls[TORCH_STEP] = _torch_lm.training_step(
+            np.asarray(tokens), width=config.width, depth=config.depth,
+            heads=config.heads, hidden=-(-config.width * 8 // 3 // 8) * 8,
+        )  # fmt: skip
+    return calls, trained
+
+
+def seconds_to_compile(config: Config) -> float:
+    """Of the training step of a deep model: tracing, lowering and compiling."""
+    model = model_of(config, config.layers)
+    init, step = step_of(model)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    shapes = params, jax.eval_shape(init, params), windows(config, 0)
+    began = time.perf_counter()
+    step.lower(*shapes).compile()
+    return time.perf_counter() - began
+
+
+def decoders(config: Config, params: Any) -> tuple[dict[str, Call], float]:
+    """Greedy text of one row, with and without drafts; tokens per call of the model."""
+    model = model_of(config, config.depth)
+    text = moby_dick(window=1)
+    train, test = (text.split(k).arrays["token"].ravel() for k in ("train", "test"))
+    table = ngram_log_probs(train.astype(np.int32), vocabulary=256)
+    prompt = test[None, :64].astype(np.int32)
+    cache = model.body.empty_cache(1, 64 + config.written + config.drafted + 1)
+
+    def target(params: Any, cache: Any, tokens: jax.Array) -> Any:
+        return model.apply(params, tokens, cache)
+
+    def draft(state: Any, tokens: jax.Array) -> Any:
+        return table[tokens], state
+
+    @jax.jit
+    def plain(params: Any, prompt: jax.Array) -> jax.Array:
+        return generate(
+            jax.random.key(0), functools.partial(target, params), prompt, state=cache,
+            num_tokens=config.written, temperature=0.0,
+        )[0]  # fmt: skip
+
+    @jax.jit
+    def drafted(params: Any, prompt: jax.Array) -> Any:
+        return speculative_decode(
+            jax.random.key(0), functools.partial(target, params), draft, prompt,
+            target_state=cache, draft_state=(), num_tokens=config.written,
+            num_drafted=config.drafted,
+            adjust=functools.partial(adjusted_log_probs, temperature=0.0),
+        )  # fmt: skip
+
+    written, aux = drafted(params, prompt)
+    # Products of one token and of four round differently, so that a tie may break.
+    if np.mean(written == plain(params, prompt)) < 0.5:
+        raise ArithmeticError("the text with drafts is another one.")
+    calls = {
+        PLAIN: waiting(plain, params, prompt),
+        DRAFTED: waiting(drafted, params, prompt),
+    }
+    return calls, float(aux["tokens_per_call"][0])
+
+
+def main(config: Config, run: Run) -> Report:
+    compiling = seconds_to_compile(config)
+    calls, bytes_of = losses(config)
+    of_dpo, dpo_bytes = preferences(config)
+    of_step, params = steps(config)
+    of_text, per_call = decoders(config, params)
+    calls |= of_dpo | of_step | of_text
+    measured = timing.measure(
+        calls, samples=config.samples, seconds=config.seconds,
+        patience=config.patience, noise=config.noise,
+    )  # fmt: skip
+    quiet, times = measured["quiet"], {k: measured[k]["median"] for k in calls}
+    claims = []
+    pairs = [
+        ("DPO and its gradient: our time over PyTorch's", DPO, TORCH_DPO, 0.45),
+        ("training step: our time over PyTorch's", STEP, TORCH_STEP, 1.0),
+        ("decoding: time with drafts over that without", DRAFTED, PLAIN, 1.0),
+    ]
+    for text, ours, other, bound in pairs:
+        if other in times and quiet >= timing.QUIET:
+            ratio = times[ours] / times[other]
+            claims.append(Claim(text, ratio, f"<= {bound:g}", ratio <= bound))
+    share, mib = bytes_of[CHUNKED] / bytes_of[DENSE], dpo_bytes / 2**20
+    name = f"temporary memory of {CHUNKED} over that of {DENSE}"
+    claims += [
+        Claim(name, share, "<= 0.1", share <= 0.1),
+        Claim("DPO: MiB of temporary memory", mib, "<= 1", mib <= 1),
+        Claim(
+            f"{config.layers} layers: seconds to compile a training step",
+            compiling, "<= 2", compiling <= 2,
+        ),
+    ]  # fmt: skip
+    tokens = {STEP: config.rows * config.length, DRAFTED: config.written}
+    tokens |= {TORCH_STEP: tokens[STEP], PLAIN: config.written}
+    metrics = {"quiet": quiet, "load_before": os.getloadavg()[0]}
+    metrics |= {f"{k}/temporary_bytes": v for k, v in bytes_of.items()}
+    metrics |= {f"{DPO}/temporary_bytes": dpo_bytes, "compile_seconds": compiling}
+    metrics["tokens_per_call"] = per_call
+    rows = []
+    for name, median in times.items():
+        metrics |= {
+            f"{name}/median_ms": median,
+            f"{name}/min_ms": measured[name]["min"],
+        }
+        rate = 1e3 * tokens[name] / median if name in tokens else None
+        metrics |= {f"{name}/tokens_per_second": rate} if rate else {}
+        rows.append((name, f"{median:.2f}", f"{rate:.0f}" if rate else ""))
+    run.table(f"{quiet} quiet samples", ("", "median (ms)", "tokens per second"), rows)
+    if config.record:
+        path = timing.RESULTS / "lm_cpu.json"
+        timing.write_record(path, dataclasses.asdict(config), claims, metrics)
+    return Report(claims, metrics, [])
+
+
+if __name__ == "__main__":
+    experiment(main, PRESETS)
