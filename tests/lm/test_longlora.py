@@ -1,5 +1,7 @@
 """Groups of attention against the definition, adapters and FLOPs against the paper."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from jaxzoo.nn.transformer import Transformer
 from pallas_kernels.attention import attention, shifted_groups
 
 
-def drawn(key, length=16, heads=4, key_heads=4, width=6):
+def drawn(key, length=16, heads=4, key_heads=4, width=6) -> Any:
     shapes = [(2, length, n, width) for n in (heads, key_heads, key_heads)]
     keys = jax.random.split(key, 3)
     return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
@@ -57,13 +59,13 @@ def one_by_one(q, k, v, group, *, is_shifted=True, wraps=False):
 def test_groups_by_the_definition(key, group, key_heads):
     arrays = drawn(key, key_heads=key_heads)
     assert_allclose(
-        s2_attention(*arrays, group=group), one_by_one(*arrays, group), atol=1e-5
+        s2_attention(*arrays, group=group), one_by_one(*arrays, group=group), atol=1e-5
     )
     still = s2_attention(*arrays, group=group, is_shifted=False)
-    expected = one_by_one(*arrays, group, is_shifted=False)
+    expected = one_by_one(*arrays, group=group, is_shifted=False)
     assert_allclose(still, expected, atol=1e-5)
     rolled = s2_attention(*arrays, group=group, convention="paper")
-    assert_allclose(rolled, one_by_one(*arrays, group, wraps=True), atol=1e-5)
+    assert_allclose(rolled, one_by_one(*arrays, group=group, wraps=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("key_heads", [2, 4])
