@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from experiments.bench import _timing as timing
+from experiments.lm.pretrain import token_losses
 from jaxzoo.data.text import moby_dick
 from jaxzoo.lm.dpo import dpo_loss
 from jaxzoo.lm.speculative_decoding import (
@@ -33,7 +34,7 @@ from jaxzoo.lm.speculative_decoding import (
     speculative_decode,
 )
 from jaxzoo.nn.generate import generate
-from jaxzoo.nn.language_model import LanguageModel, next_token_loss
+from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.token_logprobs import target_logprobs, token_logprobs
 from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
@@ -179,9 +180,7 @@ def step_of(model: LanguageModel) -> Any:
     optimizer = optax.adamw(1e-3)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        hidden, _ = model.apply(params, tokens[:, :-1], method="hidden")
-        head: Any = model.apply(params, method="head")
-        return next_token_loss(hidden, head, tokens[:, 1:])[0]
+        return token_losses(model, params, tokens)[0]
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
         value, grads = jax.value_and_grad(loss)(params, tokens)

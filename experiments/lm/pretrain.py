@@ -101,6 +101,15 @@ def build(config: Config) -> LanguageModel:
     return LanguageModel(256, config.width, body)
 
 
+def token_losses(
+    model: LanguageModel, params: Any, tokens: jax.Array, *, z_loss: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`next_token_loss` of each token `[B, T]` but the first."""
+    hidden, _ = model.apply(params, tokens[:, :-1], method="hidden")
+    head: Any = model.apply(params, method="head")
+    return next_token_loss(hidden, head, tokens[:, 1:], z_loss=z_loss)
+
+
 def program(config: Config, run: Run, steps: int) -> tuple[Any, Any]:
     """The first state as a function, and a step."""
     model = build(config)
@@ -123,11 +132,7 @@ def program(config: Config, run: Run, steps: int) -> tuple[Any, Any]:
 
     def loss(params: Any, key: jax.Array, tokens: jax.Array) -> Any:
         tokens = tokens.astype(jnp.int32)
-        (hidden, _), head = (
-            model.apply(params, tokens[:, :-1], method="hidden"),
-            model.apply(params, method="head"),
-        )
-        value, aux = next_token_loss(hidden, head, tokens[:, 1:], z_loss=config.z_loss)
+        value, aux = token_losses(model, params, tokens, z_loss=config.z_loss)
         bits = aux["cross_entropy"] / math.log(2)
         return value, {"bits per byte": bits, "log_z_squared": aux["log_z_squared"]}
 
@@ -171,9 +176,7 @@ def held_out_bits(config: Config, params: Any, text: np.ndarray) -> np.ndarray:
     @jax.jit
     def bits(params: Any) -> jax.Array:
         def of_block(tokens: jax.Array) -> jax.Array:
-            hidden, _ = model.apply(params, tokens[:, :-1], method="hidden")
-            head = model.apply(params, method="head")
-            _, aux = next_token_loss(hidden, head, tokens[:, 1:])
+            _, aux = token_losses(model, params, tokens)
             return jnp.mean(aux["per_example"][:, half:]) / math.log(2)
 
         return lax.map(of_block, windows)

@@ -26,7 +26,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxzoo.core import transform
+from jaxzoo.core.transform import (
+    Mask,
+    Number,
+    Rate,
+    descend,
+    float32_zeros,
+    in_float32,
+    like,
+)
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 PAPER = {
@@ -209,14 +217,14 @@ def first_unstable_rate(
 
 @typed
 def independent_adamw(
-    learning_rate: transform.Rate,
+    learning_rate: Rate,
     *,
-    peak: transform.Number | None = None,
-    b1: transform.Number = 0.9,
-    b2: transform.Number = 0.95,
-    eps: transform.Number = 1e-8,
-    weight_decay: transform.Number = 1e-4,
-    mask: transform.Mask = None,
+    peak: Number | None = None,
+    b1: Number = 0.9,
+    b2: Number = 0.95,
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-4,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose weights decay alike whatever learning rate is tried.
 
@@ -256,7 +264,7 @@ def independent_adamw(
     share: Any = weight_decay
     top: Any = learning_rate if peak is None else peak
     check_range("peak", top, above=0.0)
-    return transform.descend(adam, learning_rate, weight_decay=share / top, mask=mask)
+    return descend(adam, learning_rate, weight_decay=share / top, mask=mask)
 
 
 @typed
@@ -295,11 +303,11 @@ def scale_by_fan_in(*, base: int) -> optax.GradientTransformation:
 def _in_float32(inner: Any) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        new, state = inner.update(transform.in_float32(updates), state)
-        return transform.like(new, updates), state
+        new, state = inner.update(in_float32(updates), state)
+        return like(new, updates), state
 
     return optax.GradientTransformation(
-        lambda params: inner.init(transform.float32_zeros(params)), update
+        lambda params: inner.init(float32_zeros(params)), update
     )
 
 

@@ -87,7 +87,7 @@ def next_token_loss(
     targets: Int[ArrayLike, "*batch"],
     *,
     where: Bool[ArrayLike, "*batch"] | None = None,
-    z_loss: float = 0.0,
+    z_loss: float | Float[ArrayLike, ""] = 0.0,
     chunk: int = 1024,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Cross-entropy of the next tokens, and a pull of the logits' normaliser to 1.

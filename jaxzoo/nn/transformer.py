@@ -188,7 +188,7 @@ class Block(nn.Module):
         return self._dense(count * size, name)(x).reshape(*x.shape[:2], count, size)
 
     def _turned(self, x: Array, places: Array) -> Array:
-        speeds = self.frequencies
+        speeds: Any = self.frequencies
         speeds = speeds(places) if callable(speeds) else speeds
         x = rotary(x, places, base=self.base, frequencies=speeds)
         return (self.rope_scale * x).astype(x.dtype)

@@ -1,5 +1,7 @@
 """What language models are trained on, and how they write."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,7 +151,8 @@ def test_queries_and_keys_can_be_looked_at(key):
     tokens = jax.random.randint(key, (2, 6), 0, 11)
     params = tiny().init(key, tokens)
     assert set(params) == {"params"}
-    _, seen = tiny().apply(params, tokens, mutable="intermediates")
+    outputs: Any = tiny().apply(params, tokens, mutable="intermediates")
+    _, seen = outputs
     blocks = seen["intermediates"]["body"]["blocks"]
     assert blocks["queries"][0].shape == blocks["keys"][0].shape == (2, 2, 6, 4, 4)
 
