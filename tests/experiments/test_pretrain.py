@@ -69,4 +69,4 @@ def test_each_byte_is_read_once_and_after_half_a_window(pretrain):
 def test_text_that_was_read_before_costs_nothing(pretrain):
     text = np.random.default_rng(0).integers(0, 256, 4000, dtype=np.uint8).tobytes()
     alone, after = pretrain.lzma_bits(text, text)
-    assert 7.9 < alone < 8.1 and after < 0.1
+    assert 7.9 < alone < 8.1 and after < 0.2
