@@ -103,22 +103,27 @@ def public_functions(module: Any) -> list[Callable[..., Any]]:
     return [value for value in names if inspect.isfunction(value)]
 
 
-def _maps_floats_to_floats(case: Case) -> bool:
+def _floats(case: Case) -> tuple[int, bool]:
+    """How many float arrays it takes, and whether it maps them to floats."""
     found = []
 
     def look(key: jax.Array) -> None:
         of_floats, floats = case.on_floats(key)
-        found.append(floats and of_floats(*floats))
+        found.append((len(floats), floats and of_floats(*floats)))
 
     # Traced, not run: every process that collects tests comes by here.
     jax.eval_shape(look, jax.random.key(0))
-    return any(is_float(leaf) for leaf in jax.tree.leaves(found))
+    ((count, values),) = found
+    return count, any(is_float(leaf) for leaf in jax.tree.leaves(values))
 
 
 _ALL = _cases()
 CASES = [case for case in _ALL if not makes_an_optimizer(case.function)]
 OPTIMIZERS = [case for case in _ALL if makes_an_optimizer(case.function)]
-DIFFERENTIABLE = [case for case in CASES if _maps_floats_to_floats(case)]
+_FLOATS = [_floats(case) for case in CASES]
+DIFFERENTIABLE = [case for case, (_, yes) in zip(CASES, _FLOATS, strict=True) if yes]
+# Whose arrays could be broadcast against each other.
+SEVERAL = [case for case, (count, _) in zip(CASES, _FLOATS, strict=True) if count > 1]
 
 
 def name(case: Case) -> str:

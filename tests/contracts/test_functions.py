@@ -17,6 +17,7 @@ from examples import (
     CASES,
     DIFFERENTIABLE,
     MODULES,
+    SEVERAL,
     assert_close,
     is_float,
     name,
@@ -335,9 +336,7 @@ def test_arguments_of_a_wrong_type_are_named(case):
             assert_named(TypeError, names[index], call)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if len(c.on_floats()[1]) > 1], ids=name
-)
+@pytest.mark.parametrize("case", SEVERAL, ids=name)
 def test_shapes_that_do_not_fit_are_named_and_never_broadcast(case):
     args, kwargs = case.example()
     names = list(case.parameters)
