@@ -62,7 +62,7 @@ def training_step(
     tokens: np.ndarray, *, width: int, depth: int, heads: int, hidden: int
 ) -> Callable[[], Any]:
     """A call that takes one step of AdamW, PyTorch's fused one, on the same batch."""
-    given = torch.from_numpy(tokens).long()
+    given = torch.tensor(tokens).long()
     model = Model(width, depth, heads, hidden, given.shape[1] - 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 

@@ -9,7 +9,14 @@ decoding with a draft takes less time than without.
     pip install torch
     python -m experiments.bench.lm full     # 5 minutes on 2 quiet cores
 
-MEASURED
+Measured on 2 cores with AVX-512, jax 0.12: 0.048 of the memory at 1.19 of the time of
+whole logits; DPO 0.47 of PyTorch's time (FAILED) in 24 KB; a step 2.2 of PyTorch's time
+(FAILED); 24 layers in 3.0 s (FAILED); drafts of bigrams take 0.90 of the time.
+
+The step alone in its process takes 95 ms, beside PyTorch's threads 142; forward 15.
+Products of this size run at 110 GFLOP/s in XLA, and the backward pass of a block, which
+reads and writes what PyTorch's fused attention keeps to itself, is what is slow:
+attention is a third of it. `remat=True` gains 8 %, attention without blocks nothing.
 """
 
 import dataclasses
