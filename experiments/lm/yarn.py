@@ -31,6 +31,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.step import descend
 
 TUNED = ("none", "interpolation", "yarn")
 
@@ -92,19 +93,6 @@ def losses(config: Config, params: Any, tokens: jax.Array, rope: Any) -> jax.Arr
     model = LanguageModel(256, config.width, body)
     outputs: Any = model.apply(params, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(outputs[0], tokens[:, 1:])
-
-
-def descend(loss: Any, params: Any, rate: float, key: jax.Array, steps: int) -> Any:
-    """Adam on `loss(params, key)`, its rate falling to 0."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(key, steps)
-    return lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
 
 def measured(config: Config) -> dict[str, np.ndarray]:

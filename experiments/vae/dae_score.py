@@ -20,8 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 from jax.scipy.special import logsumexp
 
 from jaxzoo.data.digits import digits
@@ -29,6 +27,7 @@ from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.step import descend
 from jaxzoo.vae.dae_score import (
     dae_loss,
     gaussian_reconstruction,
@@ -84,19 +83,6 @@ def log_density(x: jax.Array, sigma: jax.Array | float = 0.0) -> jax.Array:
     return logsumexp(-squares / (2.0 * (STD**2 + sigma**2)))
 
 
-def descend(loss: Any, start: Any, key: jax.Array, rate: float, steps: int) -> Any:
-    """Adam on `loss(params, key)`, its rate falling to 0."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(key, steps)
-    return lax.scan(step, (start, optimizer.init(start)), keys)[0][0]
-
-
 def reconstruction(config: Config, features: int) -> tuple[MLP, Any]:
     """r(x) = x + sigma^2 net(x), so that the network has one size for every sigma."""
     net = MLP((config.width, config.width, features), jax.nn.silu)
@@ -134,7 +120,7 @@ def of_mixture(config: Config) -> dict[str, np.ndarray]:
 
         keys = jax.random.split(key)
         start = net.init(keys[0], jnp.zeros((1, 2)))
-        return descend(loss, start, keys[1], config.learning_rate, config.steps)
+        return descend(loss, start, config.learning_rate, keys[1], config.steps)
 
     def measured(params: Any, sigma: float, key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
@@ -188,7 +174,7 @@ def of_gaussian(config: Config) -> np.ndarray:
             x = jax.random.normal(keys[0], (config.batch_size, 3)) @ root.T
             return dae_loss(keys[1], lambda x: x @ weights.T, x, sigma=sigma)[0]
 
-        weights = descend(loss, jnp.zeros((3, 3)), key, 1e-2, config.linear_steps)
+        weights = descend(loss, jnp.zeros((3, 3)), 1e-2, key, config.linear_steps)
         return jnp.max(jnp.abs(weights - exact))
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
@@ -217,7 +203,7 @@ def of_digits(config: Config, sigma: float = 0.3) -> dict[str, float]:
             return loss(params, jax.random.fold_in(key, 1), x[rows])
 
         start = net.init(keys[0], x[:1])
-        params = descend(drawn, start, keys[1], 3e-3, config.digit_steps)
+        params = descend(drawn, start, 3e-3, keys[1], config.digit_steps)
         r = functools.partial(apply, params, sigma)
         curl = hessian_hat(r, test[:50], sigma=sigma)[1]["curl"]
         left = loss(params, keys[2], test) / (64 * sigma**2)

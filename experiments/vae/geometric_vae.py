@@ -30,6 +30,7 @@ from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.step import descend
 from jaxzoo.vae.geometric_vae import (
     bandwidth,
     choose_centroids,
@@ -85,19 +86,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def descend(loss: Any, start: Any, key: jax.Array, rate: float, steps: int) -> Any:
-    """Adam on `loss(params, key)`, its rate falling to 0."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(key, steps)
-    return lax.scan(step, (start, optimizer.init(start)), keys)[0][0]
-
-
 def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
     """Unbiased squared MMD, Gaussian kernel as wide as the median distance in `y`."""
 
@@ -133,7 +121,7 @@ def classifier_features(config: Config, x: Any, label: Any) -> Any:
     keys = jax.random.split(jax.random.key(1), 3)
     wide = jnp.zeros((1, config.features))
     start = body.init(keys[0], x[:1]), head.init(keys[1], wide)
-    params = descend(loss, start, keys[2], 3e-3, config.classifier_steps)
+    params = descend(loss, start, 3e-3, keys[2], config.classifier_steps)
     return lambda x: jnp.tanh(features(params, x)), lambda x: logits(params, x)
 
 
@@ -162,7 +150,7 @@ def one_seed(
     keys = jax.random.split(key, 8)
     origin = jnp.zeros((1, config.latents))
     start = encoder.init(keys[0], x[:1]), decoder.init(keys[1], origin)
-    params = descend(loss, start, keys[2], config.learning_rate, config.steps)
+    params = descend(loss, start, config.learning_rate, keys[2], config.steps)
 
     def decode(z: jax.Array) -> jax.Array:
         logits: Any = decoder.apply(params[1], z)

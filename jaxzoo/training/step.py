@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxzoo.training.mesh import BATCH_AXES
 
-__all__ = ["init_state", "update_step"]
+__all__ = ["descend", "init_state", "update_step"]
 
 State = dict[str, Any]
 Batch = Any  # a pytree of arrays
@@ -32,6 +32,26 @@ def init_state(
         "step": jnp.zeros((), jnp.int32),
         "key": key,
     }
+
+
+def descend(
+    loss: Callable[[Any, jax.Array], jax.Array], params: Any, rate: float,
+    key: jax.Array, steps: int,
+) -> Any:  # fmt: skip
+    """Parameters after Adam on `loss(params, key)`, its rate falling to 0 by a cosine.
+
+    For fits inside one jitted program, under `vmap` or `lax.map` over seeds, that need
+    no checkpoints.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(key, steps)
+    return lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
 
 def update_step(
