@@ -21,9 +21,11 @@ from jaxzoo.data.idx import read_idx
 from jaxzoo.data.listops import listops
 from jaxzoo.data.shipped import load_npz
 from jaxzoo.data.source import batch
+from jaxzoo.data.sprites import sprites
 from jaxzoo.data.text import moby_dick, state_of_the_union
 
-LOADERS = [fashion_mnist, digits, emoji, listops, moby_dick, state_of_the_union]
+LOADERS = [fashion_mnist, digits, emoji, listops, moby_dick, sprites]
+LOADERS += [state_of_the_union]
 has_full = any(folder.is_dir() for folder in fashion._FOLDERS)
 needs_full = pytest.mark.skipif(not has_full, reason="dataset-fashion-mnist is absent")
 
@@ -259,7 +261,8 @@ def test_idx_gzip_bits_and_cuts(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    "_order source shipped idx digits emoji fashion_mnist listops text tfds".split(),
+    "_order source shipped idx digits emoji fashion_mnist listops sprites text "
+    "tfds".split(),
 )
 def test_doctests(module) -> None:
     result = doctest.testmod(importlib.import_module(f"jaxzoo.data.{module}"))
