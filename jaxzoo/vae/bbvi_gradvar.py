@@ -410,7 +410,7 @@ def _half_square(z: Array) -> Array:
 
 
 def _points(key: Array):
-    noise, gap, squared = jax.random.uniform(key, (3, 8), minval=0.5, maxval=2.0)
+    noise, gap, squared = jax.random.uniform(key, (3, 8), minval=0.1, maxval=3.0)
     return 3.0 * gap + squared + noise, gap, squared
 
 
