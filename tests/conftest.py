@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("MPLBACKEND", "agg")
+# Little shapes run for microseconds and compile for seconds: a quarter of the suite's
+# time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests what is optimized, as experiments do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

@@ -20,11 +20,9 @@ FILES = sorted(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def brief():
-    """As `python -m ... smoke` compiles; nothing compiled so is left to other tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def forgotten():
+    """Programs of some sixty experiments are not kept for the tests that follow."""
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
