@@ -91,11 +91,9 @@ def definition(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def brief():
-    """Compiled quickly, as each program runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def forgotten():
+    """Each program runs once: none is kept for the tests that follow."""
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

@@ -269,6 +269,15 @@ def test_a_save_that_fails_is_a_sentence(here, monkeypatch):
     assert "cannot save to" in err and "No space left on device" in err
 
 
+@pytest.fixture
+def optimized():
+    """As without `conftest.py`."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.usefixtures("optimized")
 def test_a_smoke_run_alone_compiles_in_brief(here, monkeypatch):
     def brief():
         return jax.config.read("jax_disable_most_optimizations")
