@@ -15,6 +15,7 @@ the codes of the training digits, where all begin, are as good as the prior.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import optax
 from jax import lax
 from jax.nn import sigmoid
 
+from jaxzoo.core.divergences import gaussian_kernel, mmd, squared_distances
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
 from jaxzoo.data.digits import digits
 from jaxzoo.nn.mlp import MLP, GaussianMLP
@@ -86,19 +88,10 @@ PRESETS = {
 }  # fmt: skip
 
 
-def mmd(x: jax.Array, y: jax.Array) -> jax.Array:
+def distance_of_samples(x: jax.Array, y: jax.Array) -> jax.Array:
     """Unbiased squared MMD, Gaussian kernel as wide as the median distance in `y`."""
-
-    def squares(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(a[:, None] - b[None]), axis=2)
-
-    width = jnp.median(squares(y, y))
-
-    def within(a: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.exp(-squares(a, a) / width)) - len(a)
-        return total / (len(a) * (len(a) - 1))
-
-    return within(x) + within(y) - 2.0 * jnp.mean(jnp.exp(-squares(x, y) / width))
+    width = jnp.sqrt(0.5 * jnp.median(squared_distances(y, y)))
+    return mmd(x, y, functools.partial(gaussian_kernel, width=width))
 
 
 def classifier_features(config: Config, x: Any, label: Any) -> Any:
@@ -194,7 +187,10 @@ def one_seed(
         flat = curve.reshape(-1, config.latents)
         return jnp.mean(log_volume(flat, *metric, rho=rho))
 
-    figures = {f"mmd_{k}": mmd(look(v), look(held_out)) for k, v in images.items()}
+    figures = {
+        f"mmd_{k}": distance_of_samples(look(v), look(held_out))
+        for k, v in images.items()
+    }
     figures |= {
         "smallest_eigenvalue": smallest,
         "acceptance": jnp.mean(short["acceptance"]),
