@@ -57,7 +57,9 @@ def test_values_and_gradients_equal_the_dense_ones(chunk):
     gradient = jax.grad(functools.partial(weighted, ours, chunk=chunk), (0, 1))
     expected = jax.grad(functools.partial(weighted, dense), (0, 1))(*inputs())
     for a, b in zip(gradient(hidden, head, targets), expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        # Relative to the largest: sums over the vocabulary cancel in small entries.
+        atol = 1e-5 * max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
 def test_against_numpy_in_float64():
