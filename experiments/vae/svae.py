@@ -182,8 +182,8 @@ def models(config: Config) -> tuple[dict[str, Any], Any]:
             return normal_log_prob(x, decoded, jnp.log(config.noise_std))
 
         if kind == "svae":
-            potentials: Any = nets["svae"].apply(params["net"], x)
-            value, aux = svae_elbo(key, prior, *potentials, log_p, observed=seen)
+            linear, precision = nets["svae"].apply(params["net"], x)
+            value, aux = svae_elbo(key, prior, linear, precision, log_p, observed=seen)
             return value, aux["z"]
         there = seen[:, None].astype(x.dtype)
         inputs = jnp.concatenate([x * there, there], axis=1)
@@ -300,9 +300,10 @@ def exactness(config: Config) -> tuple[float, float]:
     gaps, bounds = [], []
     for seed in range(config.systems):
         rng = np.random.default_rng(seed)
-        turn = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        turn: Any = np.linalg.qr(rng.normal(size=(size, size)))[0]
         bias, z = 0.1 * rng.normal(size=(2, size))
-        eye, decoder = np.eye(size), rng.normal(size=(5, size))
+        eye: Any = np.eye(size)
+        decoder = rng.normal(size=(5, size))
         prior = LinearDynamics(0.97 * turn, bias, 0.1 * eye, z, eye)
         path = []
         for _ in range(config.system_frames):
@@ -313,7 +314,7 @@ def exactness(config: Config) -> tuple[float, float]:
         single = jax.tree.map(np.float32, (prior, decoder, x))
         value, *moments = jax.device_get(one(jax.random.key(seed), *single))
         rounded = jax.tree.map(np.float64, single)
-        expected, log_p = kalman(*rounded[:2], variance, rounded[2])
+        expected, log_p = kalman(rounded[0], rounded[1], variance, rounded[2])
         pairs = zip(moments, expected, strict=True)
         gaps.append(max(float(np.abs(a - b).max()) for a, b in pairs))
         bounds.append(abs(float(value) - log_p))

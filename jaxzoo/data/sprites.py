@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jaxzoo.data.source import Dataset, Feature, Source
 
@@ -25,11 +26,11 @@ _SAMPLES = 3  # points along each side of a pixel
 
 
 def draw_sprites(
-    shape: np.ndarray,
-    scale: np.ndarray,
-    angle: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
+    shape: ArrayLike,
+    scale: ArrayLike,
+    angle: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     size: int = 16,
 ) -> np.ndarray:

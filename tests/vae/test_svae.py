@@ -1,6 +1,7 @@
 """Scans against the dense joint Gaussian of all frames, in float64."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,8 @@ def test_hidden_frames_have_no_potential_but_a_likelihood():
 
     @jax.jit
     def bound(*arrays):
-        return svae_elbo(key, prior, *arrays, log_p, observed=seen)
+        linear, precision = arrays
+        return svae_elbo(key, prior, linear, precision, log_p, observed=seen)
 
     value, aux = bound(*arrays)
     spoilt = [x.at[2:4].set(jnp.nan) for x in arrays]
@@ -241,7 +243,7 @@ def test_a_natural_step_of_rate_1_is_least_squares_and_small_ones_climb():
 
 
 def test_the_network_gives_positive_potentials_of_each_frame_alone():
-    net = PotentialNetwork(3, (8,))
+    net: Any = PotentialNetwork(3, (8,))
     x = jax.random.normal(jax.random.key(0), (5, 4))
     params = net.init(jax.random.key(1), x)
     linear, precision = net.apply(params, 10.0 * x)
