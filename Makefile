@@ -16,13 +16,13 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 BIN = .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test check test-oldest test-aot results clean
+.PHONY: demo test check test-oldest test-aot other-environments results clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.vae.iwae demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake tests jaxzoo pallas_kernels notebooks
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --nbmake tests jaxzoo pallas_kernels notebooks
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -38,12 +38,15 @@ test-oldest:
 	@echo "No Python 3.11 here: nothing was tested. make test-oldest OLDEST=/path/to/python3.11"
 else
 test-oldest: .venv-oldest/installed-dev
-	.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) $(SUBSET)
+	.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(SUBSET)
 endif
 
 # With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
 test-aot: .venv-aot/installed-dev
 	.venv-aot/bin/python -m pytest --numprocesses $(WORKERS) tests/*/test_*_aot.py
+
+# What `test-oldest` and `test-aot` need, to be made beside something else.
+other-environments: .venv-aot/installed-dev $(if $(OLDEST),.venv-oldest/installed-dev)
 
 # The committed record of every experiment, measured again.
 results: .venv/installed
