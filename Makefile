@@ -22,7 +22,9 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.vae.iwae demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --nbmake tests jaxzoo pallas_kernels notebooks
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal tests jaxzoo pallas_kernels
+	# By themselves, since tests compile in haste and notebooks train for minutes.
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake notebooks
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("MPLBACKEND", "agg")
 # Little shapes run for microseconds and compile for seconds: a quarter of the suite's
-# time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests what is optimized, as experiments do.
+# time. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests what is optimized, as experiments are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

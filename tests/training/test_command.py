@@ -272,9 +272,10 @@ def test_a_save_that_fails_is_a_sentence(here, monkeypatch):
 @pytest.fixture
 def optimized():
     """As without `conftest.py`."""
+    brief = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", brief)
 
 
 @pytest.mark.usefixtures("optimized")
