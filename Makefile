@@ -45,7 +45,7 @@ endif
 
 # With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
 test-aot: .venv-aot/installed-dev
-	.venv-aot/bin/python -m pytest --numprocesses $(WORKERS) tests/*/test_*_aot.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-aot/bin/python -m pytest --numprocesses $(WORKERS) tests/*/test_*_aot.py
 
 # What `test-oldest` and `test-aot` need, to be made beside something else.
 other-environments: .venv-aot/installed-dev $(if $(OLDEST),.venv-oldest/installed-dev)
