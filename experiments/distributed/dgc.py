@@ -22,11 +22,12 @@ import numpy as np
 import optax
 
 from experiments.distributed._workers import AXIS, Workers, fit
-from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, stderr
+from experiments.optim._tasks import Task, best, byte_lm, digits_mlp
 from jaxzoo.distributed.dgc import DGCState, scale_by_dgc
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 OWN = DGCState(*cast(Any, (None, 0, 0, None)))
 SHARED = DGCState(*cast(Any, (None, None, None, None)))

@@ -20,11 +20,12 @@ from typing import Any, cast
 import numpy as np
 
 from experiments.distributed._workers import AXIS, Workers, fit
-from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, stderr
+from experiments.optim._tasks import Task, best, byte_lm, digits_mlp
 from jaxzoo.distributed.one_bit_adam import OneBitAdamState, scale_by_one_bit_adam
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 AXES = OneBitAdamState(*cast(Any, (None, 0, 0, None)))
 NAMES = ("Adam", "1-bit Adam", "no error feedback", "1-bit gradients")

@@ -38,6 +38,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +172,6 @@ def swept(
 
     seeds = jnp.arange(config.seeds)
     return jax.device_get(jax.jit(lambda s: lax.map(one, s))(seeds))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def parameters(config: Config, width: int) -> int:

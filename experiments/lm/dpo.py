@@ -40,6 +40,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 LETTERS = 27  # the space and a to z
 CONTEXT = 4  # letters that the small model sees
@@ -400,10 +401,6 @@ def spelling(config: Config, pairs: dict[str, np.ndarray]) -> dict[str, np.ndarr
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     return jax.device_get(jax.jit(lambda k: lax.map(one, k))(keys))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(

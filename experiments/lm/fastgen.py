@@ -37,6 +37,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 START = 256  # the one special token, before each text
 MARKS = b".,;:!?-'\"()"
@@ -203,10 +204,6 @@ def measured(config: Config) -> dict[str, Any]:
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     return jax.device_get(jax.jit(lambda k: lax.map(one, k))(keys))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

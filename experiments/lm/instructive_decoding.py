@@ -36,6 +36,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 TASKS = ("copy", "reverse", "sort", "uppercase")
 LETTERS = 8  # lower case 0 to 7, upper case 8 to 15
@@ -227,10 +228,6 @@ def measured(config: Config) -> dict[str, np.ndarray]:
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     return jax.device_get(jax.jit(lambda k: lax.map(one, k))(keys))
-
-
-def stderr(x: np.ndarray) -> float:
-    return float(np.std(x, ddof=1) / len(x) ** 0.5)
 
 
 def picture(config: Config, run: Run, found: dict[str, np.ndarray]) -> Figure:

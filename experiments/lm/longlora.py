@@ -35,6 +35,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from pallas_kernels.attention import attention, shifted_groups
 
@@ -207,10 +208,6 @@ def exactness(config: Config) -> list[Claim]:
         ratio, f"{share:g} within 1 %", abs(ratio / share - 1) <= 0.01,
     )  # fmt: skip
     return [*claims, cost]
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, np.ndarray]) -> Figure:

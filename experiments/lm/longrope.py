@@ -31,6 +31,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 
 SEEDS = ("interpolation", "ntk", "yarn")
@@ -219,10 +220,6 @@ def exactness(config: Config) -> Claim:
         "difference from plain rotary frequencies",
         worst, "<= 1e-6", worst <= 1e-6,
     )  # fmt: skip
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

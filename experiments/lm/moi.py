@@ -31,6 +31,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 SYMBOLS = "0123456789+-*="
 OPERATIONS = 3  # + - *
@@ -185,10 +186,6 @@ def of_weights() -> list[Claim]:
             gap, "<= 1e-6", gap <= 1e-6,
         ),
     ]  # fmt: skip
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, rates: dict[str, np.ndarray]) -> Figure:

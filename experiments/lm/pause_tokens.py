@@ -37,6 +37,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 REGIMES = (  # pretraining / fine-tuning
     *("standard/standard", "pause/standard", "standard/pause", "pause/pause"),
@@ -249,10 +250,6 @@ def through_pauses(config: Config) -> tuple[float, ...]:
     size = jnp.max(jnp.abs(jax.grad(loss)(logits[0])), axis=-1)
     at = text[:, 1:] == config.pause
     return tuple(float(jnp.max(size, where=w, initial=0.0)) for w in (at, ~at))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, found: Any, tested: Any) -> Figure:

@@ -31,6 +31,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 Method = Literal["plain", "seq_vcr"]
@@ -197,7 +198,7 @@ def evaluate(config: Config, net, question, answer, params) -> dict[str, jax.Arr
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(values.mean()), stderr(values)
 
 
 def pictures(config: Config, run: Run, results) -> list[Figure]:

@@ -40,6 +40,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 greedy = functools.partial(adjusted_log_probs, temperature=0.0)
 
@@ -264,10 +265,6 @@ def on_text(
 
     keys = seeds(config, 2)
     return jax.device_get(jax.jit(lambda *x: lax.map(one, x))(keys, *weights))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def formula(rate: Any, drafts: int) -> np.ndarray:

@@ -25,13 +25,14 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.data.text import moby_dick, state_of_the_union
 from jaxzoo.lm.weak_to_strong import agreement, conf_loss, confidence_weight, pgr
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +205,8 @@ def contrastive(config: Config, key: Any, images: jax.Array) -> tuple[MLP, Any]:
 
 
 def of_digits(config: Config) -> Any:
-    data = [digits().split(name).arrays for name in ("train", "test")]
-    image, test = (jnp.asarray(d["image"].reshape(-1, 64) / 16.0) for d in data)
-    odd, test_odd = (jnp.asarray(d["label"] % 2) for d in data)
+    (image, label), (test, test_label) = jax.tree.map(jnp.asarray, flat_digits())
+    odd, test_odd = label % 2, test_label % 2
 
     def one(key: jax.Array) -> Any:
         keys = jax.random.split(key, 3)
@@ -248,10 +248,6 @@ def of_text(config: Config) -> Any:
         return protocol(config, keys[1], x, features, (y[few], y[many], far_y))
 
     return jax.vmap(one)
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def recovered(results: Any, name: str, path: bool = False) -> np.ndarray:

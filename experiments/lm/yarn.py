@@ -31,6 +31,7 @@ from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 
 TUNED = ("none", "interpolation", "yarn")
@@ -178,10 +179,6 @@ def exactness() -> Claim:
         "and from interpolated where r < 1, largest",
         worst, "<= 1e-6", worst <= 1e-6,
     )  # fmt: skip
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, np.ndarray]) -> Figure:

@@ -270,8 +270,3 @@ def best(scores: dict[str, np.ndarray], by: str = "loss") -> int:
     """The index of the learning rate whose mean score over seeds is best."""
     mean = np.nanmean(np.where(np.isfinite(scores[by]), scores[by], np.inf), axis=1)
     return int(np.argmin(mean) if by == "loss" else np.argmax(mean))
-
-
-def stderr(values: np.ndarray) -> float:
-    """The standard error of a mean over seeds."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)

@@ -36,6 +36,7 @@ from jaxzoo.optim.a_coder import a_coder
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,10 +206,6 @@ def ratios(config: Config, pairs: list[tuple[Trace, Trace]]) -> tuple[list, bool
         values.append(value)
         fewer &= reached and value < 1.0
     return values, fewer
-
-
-def stderr(values: Any) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def claims_of(config: Config, real: Any, made: Any, nets: Any) -> list[Claim]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.optim._tasks import byte_lm, digits_mlp, fit, stderr
+from experiments.optim._tasks import byte_lm, digits_mlp, fit
 from jaxzoo.optim.blockwise_8bit_optim import (
     adam8bit,
     dequantize_blockwise,
@@ -29,6 +29,7 @@ from jaxzoo.optim.blockwise_8bit_optim import (
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 BLOCK = 256
 

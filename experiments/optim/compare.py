@@ -41,13 +41,13 @@ from experiments.optim._tasks import (
     digits_mlp,
     fashion_convnet,
     fit,
-    stderr,
 )
 from jaxzoo.catalogue import read_papers
 from jaxzoo.data.source import batch
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 Optimizer = Callable[[Any], optax.GradientTransformation]

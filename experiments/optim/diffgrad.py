@@ -23,11 +23,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, digits_mlp, fit, stderr
+from experiments.optim._tasks import best, digits_mlp, fit
 from jaxzoo.optim.diffgrad import diffgrad, scale_by_diffgrad
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import Task, byte_lm, stderr
+from experiments.optim._tasks import Task, byte_lm
 from jaxzoo.optim.directional_sharpness import (
     coordinate_clip,
     directional_sharpness,
@@ -31,6 +31,7 @@ from jaxzoo.optim.directional_sharpness import (
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 PATHS = ("SGD", "Adam")  # whose iterates are looked at
 

@@ -29,6 +29,7 @@ from jaxzoo.optim.gbnn import Network, gbnn
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +179,6 @@ def chosen(table: Table, outputs: np.ndarray) -> int:
     """The rate with the best mean score on the rows to choose by."""
     means = score(table, outputs, slice(*table.ends)).mean(axis=-1)
     return int(np.argmax(np.where(np.isfinite(means), means, -np.inf)))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def claims_of(difference: float, scores: dict[str, np.ndarray]) -> list[Claim]:

@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import stderr
 from jaxzoo.data.digits import digits
 from jaxzoo.data.source import batch_indices
 from jaxzoo.optim.ghost_batch_norm import GhostBatchNorm, large_batch_sgd
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)

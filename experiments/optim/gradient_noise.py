@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import FlatMLP, Task, classifier, stderr
+from experiments.optim._tasks import FlatMLP, Task, classifier
 from jaxzoo.data.digits import digits
 from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.optim.gradient_noise import add_gradient_noise, noise_variance
@@ -30,6 +30,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 

@@ -22,7 +22,7 @@ import optax
 from jax import lax
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from experiments.optim._tasks import Task, digits_mlp, stderr
+from experiments.optim._tasks import Task, digits_mlp
 from jaxzoo.optim.gradient_noise_scale import (
     noise_scale,
     optimal_learning_rate,
@@ -32,6 +32,7 @@ from jaxzoo.optim.gradient_noise_scale import (
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,11 +28,12 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, fit, stderr
+from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, fit
 from jaxzoo.optim.lion import LION, Program, evolve, lion, run_program, simplify
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 SGD = Program.parse("update = multiply(g, lr)")
 ADAMW = Program.parse("""

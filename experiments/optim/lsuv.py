@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.optim._tasks import FlatMLP, Task, best, classifier, fit, stderr
+from experiments.optim._tasks import FlatMLP, Task, best, classifier, fit
 from jaxzoo.data.digits import digits
 from jaxzoo.optim.lsuv import layer_variances, lsuv_init
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 # Deviations of normal weights.
 BASELINES = {

@@ -23,12 +23,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, byte_lm, digits_mlp, fit, stderr
+from experiments.optim._tasks import best, byte_lm, digits_mlp, fit
 from jaxzoo.core.transform import descend
 from jaxzoo.optim.mars import mars, scale_by_mars
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 UNCLIPPED = float("inf")
 

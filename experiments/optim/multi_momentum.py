@@ -26,6 +26,7 @@ from jaxzoo.optim.multi_momentum import multi_momentum, scale_by_multi_momentum
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +165,6 @@ def train_digits(
         "accuracy": 100 * jnp.mean(right),
         "history": history,
     }
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def claims_of(fixed: dict[str, np.ndarray]) -> list[Claim]:

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.optim._tasks import Task, best, digits_mlp, fit, stderr
+from experiments.optim._tasks import Task, best, digits_mlp, fit
 from jaxzoo.optim.rmm_linear import rand_linear, variance_rmm
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 KINDS = ("gaussian", "rademacher", "dct", "dft")
 

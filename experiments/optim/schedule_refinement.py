@@ -24,12 +24,12 @@ import optax
 from jax import lax
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris, load_wine
 
-from experiments.optim._tasks import stderr
 from jaxzoo.data.digits import digits
 from jaxzoo.optim.schedule_refinement import last_iterate_bound, refine_schedule
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 Data = tuple[np.ndarray, np.ndarray]
 

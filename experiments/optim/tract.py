@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.optim._tasks import Task, digits_mlp, fit, stderr
+from experiments.optim._tasks import Task, digits_mlp, fit
 from jaxzoo.data.digits import digits
 from jaxzoo.optim.tract import tract_conv, tract_dense
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 SGD = functools.partial(optax.sgd, momentum=0.9)
 METHODS = ("plain", "TrAct")

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.optim._tasks import digits_mlp, fit, stderr
+from experiments.optim._tasks import digits_mlp, fit
 from jaxzoo.optim.tvlars import time_varying_rate, tvlars
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, digits_mlp, stderr
+from experiments.optim._tasks import best, digits_mlp
 from jaxzoo.data.source import batch
 from jaxzoo.optim.vcas import VCASState, vcas_dense, vcas_update
 from jaxzoo.training.command import experiment
@@ -31,6 +31,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 LAYERS = 3
 TAU = 0.025  # the paper's, as all of the controller's numbers

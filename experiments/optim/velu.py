@@ -24,12 +24,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, stderr
+from experiments.optim._tasks import best
 from jaxzoo.data.digits import digits
 from jaxzoo.optim.velu import VeLU, w2_penalty
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 ACTIVATIONS: dict[str, Callable[..., Any] | None] = {
     "ReLU": nn.relu,

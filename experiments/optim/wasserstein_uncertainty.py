@@ -37,6 +37,7 @@ from jaxzoo.optim.wasserstein_uncertainty import wu_go
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +180,6 @@ def away(box: Black, found: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarr
         ratios.append(uncertainty[~elsewhere].mean() / uncertainty[elsewhere].mean())
         ranks.append(spearmanr(uncertainty, nearest)[0])
     return np.array(ratios), np.array(ranks, dtype=float)
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def claims_of(config: Config, paths: Any, far: Any) -> list[Claim]:

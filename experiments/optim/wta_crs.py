@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, digits_mlp, stderr
+from experiments.optim._tasks import best, digits_mlp
 from jaxzoo.data.source import batch_indices, take
 from jaxzoo.optim.wta_crs import linear_wta, variance_wta_crs, wta_crs_matmul
 from jaxzoo.training.command import experiment
@@ -30,6 +30,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)

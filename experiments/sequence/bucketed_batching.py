@@ -34,6 +34,7 @@ from jaxzoo.sequence.bucketed_batching import (
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +207,6 @@ def timed(config: Config, encoder: int, decoder: int) -> tuple[float, float]:
         jax.block_until_ready(decoding(second, embedding, states, config.tokens))
         seconds.append((between - began, time.perf_counter() - between))
     return tuple(np.min(seconds, axis=0).tolist())
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, found: Any, times: Any) -> list[Figure]:

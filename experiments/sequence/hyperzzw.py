@@ -33,6 +33,7 @@ from jaxzoo.sequence.hyperzzw import (
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +207,6 @@ def influence(config: Config, params: Any) -> tuple[np.ndarray, np.ndarray]:
     whole = jax.jit(lambda p: lax.map(of_seed, p))(params)
     bare = jax.jit(jax.jacrev(operator))(jnp.ones((8, 8)))
     return np.abs(np.asarray(whole)), np.abs(np.asarray(bare))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def count(params: Any, seeds: int) -> int:

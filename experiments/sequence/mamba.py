@@ -34,6 +34,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 from pallas_kernels.selective_scan import selective_scan
 
@@ -192,10 +193,6 @@ def exact_claims(config: Config) -> list[Claim]:
         Claim(text, max(errors), "<= 1e-4", max(errors) <= 1e-4)
         for text, errors in texts.items()
     ]
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def task_claims(config: Config, copied: Any, induced: Any) -> list[Claim]:

@@ -34,6 +34,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 NOISES = ("random_case", "uppercase", "antspeak", "drop", "repeat", "swap")
 LENGTHS = (16, 64, 256, 1024, 4096)
@@ -141,7 +142,7 @@ def noisy(config: Config, test: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(values.mean()), stderr(values)
 
 
 def pictures(config: Config, run: Run, found: dict[str, Any]) -> list[Figure]:

@@ -34,6 +34,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 TRANSFORMER, S4D = "transformer", "S4D"
@@ -253,10 +254,6 @@ def measured(config: Config, run: Run, task: Task, kind: str) -> dict[str, np.nd
         SCRATCH: tested(config, net, scratch, task),
         PRETRAINED: tested(config, net, tuned, task),
     }
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def claims_of(

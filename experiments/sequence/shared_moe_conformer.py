@@ -27,6 +27,7 @@ from jaxzoo.training.command import experiment
 from jaxzoo.training.cost import count
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 BINS = 12  # of the spectrum
 QUICK = {"xla_backend_optimization_level": 0}
@@ -220,10 +221,6 @@ def flops(config: Config, name: str) -> float:
     shapes = jax.eval_shape(net.init, jax.random.key(0), x)
     program = jax.make_jaxpr(lambda params, x: net.apply(params, x)[0])(shapes, x)
     return count(program).matmul_flops
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, losses, rates, sizes, shares) -> Figure:

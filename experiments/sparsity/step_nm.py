@@ -23,11 +23,12 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import Task, best, digits_mlp, stderr
+from experiments.optim._tasks import Task, best, digits_mlp
 from jaxzoo.sparsity.step_nm import sr_ste_gradient, step_nm, straight_through
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 
 KINDS = ("dense", "SR-STE", "STEP")
 

@@ -31,6 +31,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, image_grid, panels
 from jaxzoo.training.record import Claim, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 SHAPE = (28, 28, 1)
@@ -243,10 +244,6 @@ def probes(config: Config, model: Model, vits: Any, data) -> dict[str, np.ndarra
             answers = y[wanted[used]]
             each[name].append(probe(features[used], answers, test, test_y))
     return {name: np.array(values) for name, values in each.items()}
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def masking_claims(config: Config, model: Model, params, x) -> list[Claim]:

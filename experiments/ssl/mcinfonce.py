@@ -40,6 +40,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 Phase = Literal["mcinfonce_mean", "mcinfonce_kappa", "info_nce"]
@@ -283,7 +284,7 @@ def coverage(key: jax.Array, mean, kappa, turn, truth) -> jax.Array:
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+    return float(values.mean()), stderr(values)
 
 
 def pictures(config: Config, run: Run, results) -> list[Any]:

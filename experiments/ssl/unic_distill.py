@@ -36,6 +36,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 TASKS = {"remainder": 5, "half": 2}  # digit % 5 and digit // 5, with their classes
@@ -281,10 +282,6 @@ def held_out(nets, trained, x, teachers) -> np.ndarray:
     copies = len(jax.tree.leaves(trained)[0]) // len(next(iter(teachers.values())))
     own = {name: np.concatenate([f] * copies) for name, f in teachers.items()}
     return np.asarray(jax.jit(lambda inputs: lax.map(one, inputs))((*trained, own)))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, scores) -> list[Figure]:

@@ -46,6 +46,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 DataName = Literal["digits", "fashion_mnist"]
@@ -241,10 +242,6 @@ def spread(what: Setting, params: Any) -> np.ndarray:
         return jnp.mean(jnp.std(embed(what, params, images), axis=0))
 
     return np.asarray(jax.jit(lambda p: lax.map(one, p))(params))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def gain_claim(text: str, better: np.ndarray, worse: np.ndarray, least: float) -> Claim:

@@ -40,6 +40,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
 VIEWS = compose(
@@ -185,10 +186,6 @@ def closed_form_claims(config: Config) -> list[Claim]:
             excess, "<= 1e-4", excess <= 1e-4,
         ),
     ]  # fmt: skip
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def training_claims(config: Config, agreed: Any, classified: Any) -> list[Claim]:

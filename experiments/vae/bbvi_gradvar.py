@@ -23,6 +23,7 @@ import numpy as np
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.bbvi_gradvar import (
     abc_fit,
     second_moment_bounds,
@@ -205,10 +206,6 @@ def logistic(config: Config) -> np.ndarray:
 def slopes(x: Any, y: np.ndarray) -> np.ndarray:
     """Of log y `[x, seeds]` on log x, by seed."""
     return np.polyfit(np.log(np.array(x, float)), np.log(y), 1)[0]
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

@@ -25,6 +25,7 @@ from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.beta_tcvae import beta_tcvae_loss, kl_decomposition, mig
 
@@ -157,10 +158,6 @@ def at_the_same_reconstruction(config: Config, results: Any, label: str) -> np.n
         there = np.interp(own["reconstruction"][seed], x, y)
         gains.append(own["mig"][seed] - there)
     return np.asarray(gains)
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: Any) -> Figure:

@@ -27,6 +27,7 @@ from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.dae_score import (
     dae_loss,
@@ -210,10 +211,6 @@ def of_digits(config: Config, sigma: float = 0.3) -> dict[str, float]:
         return {"digits/noise_left": left, "digits/curl": jnp.mean(curl)}
 
     return {k: float(v) for k, v in one(jax.random.key(0)).items()}
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, np.ndarray]) -> Figure:

@@ -24,6 +24,7 @@ from jax import lax
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.diffusion_nets import (
     DiffusionNet,
@@ -159,10 +160,6 @@ def one_seed(config: Config, key: jax.Array) -> dict[str, jax.Array]:
         "eigenvalues": values,
         "truth": truth,
     }
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, found: dict[str, np.ndarray]) -> Figure:

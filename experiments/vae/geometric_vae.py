@@ -27,11 +27,12 @@ from jax.nn import sigmoid
 
 from jaxzoo.core.divergences import gaussian_kernel, mmd, squared_distances
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.geometric_vae import (
     bandwidth,
@@ -210,10 +211,6 @@ def one_seed(
     return figures, {**shown, "curve": decode(curve[0]), "line": decode(line[0])}
 
 
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def pictures(run: Run, figures: Any, shown: Any, held_out: Any) -> list[Figure]:
     figure, (ax,) = panels(1, width=7.6)
     for i, (kind, label) in enumerate(KINDS.items()):
@@ -246,18 +243,13 @@ def pictures(run: Run, figures: Any, shown: Any, held_out: Any) -> list[Figure]:
 
 
 def main(config: Config, run: Run) -> Report:
-    data = digits()
-    train = data.split("train").arrays
-    x = jnp.asarray(train["image"].reshape(-1, 64) / 16.0, jnp.float32)
-    test = data.split("test").arrays
-    held_out = jnp.asarray(test["image"].reshape(-1, 64) / 16.0, jnp.float32)
-    label = jnp.asarray(train["label"])
+    (x, label), (held_out, test_label) = jax.tree.map(jnp.asarray, flat_digits())
 
     @jax.jit
     def every(keys: jax.Array) -> Any:
         look, logits = classifier_features(config, x[TRAINING:], label[TRAINING:])
         guess = jnp.argmax(logits(held_out), axis=1)
-        right = jnp.mean(guess == jnp.asarray(test["label"]))
+        right = jnp.mean(guess == test_label)
 
         def one(key: jax.Array) -> Any:
             return one_seed(config, key, x[:TRAINING], held_out, look)

@@ -27,6 +27,7 @@ from jaxzoo.core.stats import normal_log_prob
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.gflownet_em import (
     FlowPolicy,
@@ -306,10 +307,6 @@ def parse(config: Config, key: jax.Array) -> dict[str, jax.Array]:
         "trees": jnp.mean(0.5 * jnp.sum(gap, axis=1)),
         "tree_entropy": jnp.mean(jnp.sum(entropy, axis=1)),
     }
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

@@ -26,6 +26,7 @@ from jaxzoo.data.digits import digits
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.gmm_posterior_vae import (
     PatchDiscriminator,
     ResNetDecoder,
@@ -130,10 +131,6 @@ def one_run(
         "variances": moments["variance"],
     }
     return figures, images[: config.shown], images[len(test) :]
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(

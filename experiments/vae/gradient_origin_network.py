@@ -32,6 +32,7 @@ from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.gradient_origin_network import (
     Siren,
     gon_latent,
@@ -225,10 +226,6 @@ def fit_variational(config: Config) -> dict[str, np.ndarray]:
         return {"elbo": -value, "kl": jnp.mean(aux["kl"]), "samples": samples}
 
     return jax.device_get(jax.jit(lambda s: lax.map(one, s))(jnp.arange(config.seeds)))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, fits: Any, siren: Any, vae: Any) -> list[Figure]:

@@ -21,11 +21,12 @@ import numpy as np
 from jax import lax
 
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.infovae import (
     infovae_loss,
@@ -140,11 +141,7 @@ def one_model(config: Config, key: Any, weights: Any, x: Any, test: Any) -> Any:
 
 def measured(config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
     """By kind figures `[seeds]` and the first seed's test codes; test labels."""
-    data = digits()
-    parts = [data.split(name).arrays for name in ("train", "test")]
-    x, test = (
-        np.asarray(part["image"].reshape(-1, 64) / 16.0, np.float32) for part in parts
-    )
+    (x, _), (test, label) = flat_digits()
     lam = config.lam
     weights = np.asarray([(0.0, 1.0), (0.0, lam), (1.0, lam)], np.float32)
 
@@ -168,11 +165,7 @@ def measured(config: Config) -> tuple[dict[str, Any], dict[str, np.ndarray], Any
         }
         for i, kind in enumerate(KINDS)
     }  # fmt: skip
-    return results, dict(zip(KINDS, z, strict=True)), parts[1]["label"]
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return results, dict(zip(KINDS, z, strict=True)), label
 
 
 def picture(config: Config, run: Run, results: Any, codes: Any, labels: Any) -> Figure:

@@ -39,6 +39,7 @@ from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
 from jaxzoo.training.plots import curves, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 from jaxzoo.vae.iwae import (
     active_units,
@@ -363,9 +364,6 @@ def main(config: Config, run: Run) -> Report:
     held_out = functools.partial(evaluate, config, nets, grey)
     every_seed = jax.jit(lambda params: lax.map(held_out, params))
     results = {k: jax.device_get(every_seed(params)) for k, params in fits.items()}
-
-    def stderr(values):
-        return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
     rows = []
     for k, r in results.items():

@@ -27,6 +27,7 @@ from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.linearised_implicit_vi import (
     MatrixGenerator,
     linearised_entropy,
@@ -237,10 +238,6 @@ def on_weights(config: Config) -> dict[str, np.ndarray]:
         rows["between"] = rows["spread"][:, places < 0.5].mean(axis=1)
         rows["at_data"] = rows["spread"][:, places > 0.9].mean(axis=1)
     return found | {"x": np.asarray(x), "y": np.asarray(y), "grid": np.asarray(grid)}
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, planes: Any, weights: Any) -> Figure:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.pv_rnn import PVRNN, error_regression, pv_rnn_loss
 
@@ -139,10 +140,6 @@ def measured(config: Config) -> dict[str, np.ndarray]:
     jobs = (seeds[of_seed], x[of_kind, of_seed], w[of_w])
     found = jax.device_get(jax.jit(functools.partial(jax.lax.map, job))(jobs))
     return {k: v.reshape(*shape, *v.shape[1:]) for k, v in found.items()}
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

@@ -27,6 +27,7 @@ from jax.scipy.special import digamma, gammaln
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.rsvi import dirichlet_sample, gamma_sample, rsvi_grad
 
 
@@ -139,10 +140,6 @@ def measured(config: Config, problem: Problem) -> dict[str, np.ndarray]:
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     return jax.device_get(jax.jit(lambda k: lax.map(one, k))(keys))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

@@ -28,6 +28,7 @@ from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import curves, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.svae import (
     LinearDynamics,
@@ -319,10 +320,6 @@ def exactness(config: Config) -> tuple[float, float]:
         gaps.append(max(float(np.abs(a - b).max()) for a, b in pairs))
         bounds.append(abs(float(value) - log_p))
     return max(gaps), max(bounds)
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, found: dict[str, Any]) -> list[Figure]:

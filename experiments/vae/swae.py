@@ -22,10 +22,11 @@ from jax import lax
 from jax.nn import sigmoid
 
 from jaxzoo.core.divergences import random_directions, sliced_wasserstein
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.swae import (
     SlicedAutoencoder,
@@ -42,7 +43,6 @@ KINDS = {
     "worst": "ring, worst line",
 }
 PRIORS: tuple[Literal["ring", "square", "normal"], ...] = ("ring", "square", "normal")
-LATER = 300  # rows of the training part: "validation" holds them out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +137,6 @@ def shifted(config: Config, size: int, key: jax.Array) -> jax.Array:
     return lax.map(one, keys) * size / config.length**2
 
 
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def pictures(
     config: Config, run: Run, results: Any, codes: Any, images: Any, test: Any,
     label: Any,
@@ -190,17 +186,7 @@ def pictures(
 
 
 def main(config: Config, run: Run) -> Report:
-    data = digits()
-
-    def flat(split: str) -> Any:
-        image = data.split(split).arrays["image"]
-        return np.asarray(image.reshape(-1, 64) / 16.0, np.float32)
-
-    x, test = flat("train"), flat("test")
-    label = data.split("test").arrays["label"]
-    if config.held_out == "validation":
-        label = data.split("train").arrays["label"][-LATER:]
-        x, test = x[:-LATER], x[-LATER:]
+    (x, _), (test, label) = flat_digits(config.held_out)
 
     @jax.jit
     def every(seeds: jax.Array, x: jax.Array, test: jax.Array) -> Any:

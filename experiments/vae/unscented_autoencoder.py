@@ -26,11 +26,12 @@ from jax import lax
 from jax.nn import sigmoid
 
 from jaxzoo.core.stats import normal_kl
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.unscented_autoencoder import (
     TriangularEncoder,
     sample_mixture,
@@ -240,10 +241,6 @@ def same_loss(config: Config, params: Any, key: jax.Array, x: jax.Array) -> Any:
     return {name: variance(g) for name, g in every.items()}
 
 
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def pictures(
     config: Config, run: Run, lines: Any, same: Any, images: Any, test: Any
 ) -> list[Figure]:
@@ -280,13 +277,7 @@ def pictures(
 
 
 def main(config: Config, run: Run) -> Report:
-    data = digits()
-
-    def flat(split: str) -> Any:
-        image = data.split(split).arrays["image"]
-        return np.asarray(image.reshape(-1, 64) / 16.0, np.float32)
-
-    x, test = flat("train"), flat("test")
+    (x, _), (test, _) = flat_digits()
 
     @jax.jit
     def every(seed: jax.Array, x: jax.Array, test: jax.Array) -> Any:

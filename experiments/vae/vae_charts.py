@@ -25,6 +25,7 @@ from jax import lax
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.vae_charts import (
     Charts,
@@ -208,10 +209,6 @@ def one_model(
 def off_manifold(x: jax.Array) -> jax.Array:
     """Mean distance to the unit circle or sphere."""
     return jnp.mean(jnp.abs(jnp.linalg.norm(x, axis=1) - 1.0))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, results: dict[int, Any]) -> list[Figure]:

@@ -25,6 +25,7 @@ from jax import lax
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.vano import VanoDecoder, VanoEncoder, trapezoid_weights, vano_loss
 
@@ -150,10 +151,6 @@ def one_way(
     left = jnp.sum(jnp.square(best[:, config.latents :]), axis=1)
     found["modes"] = jnp.mean(jnp.sqrt(left / jnp.sum(jnp.square(best), axis=1)))
     return found
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: Any) -> Figure:

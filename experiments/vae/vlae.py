@@ -28,6 +28,7 @@ from jaxzoo.nn.mlp import GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.vlae import (
     AutoregressiveFlow,
     LocalDecoder,
@@ -184,10 +185,6 @@ def measured(
         }  # fmt: skip
 
     return lax.map(one, jnp.arange(config.seeds))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def pictures(config: Config, run: Run, found: Any) -> list[Figure]:

@@ -23,6 +23,7 @@ from jax import lax
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.vod import priority_sample, renyi_bound
 
 SAMPLERS = ("exponential", "uniform", "with replacement")
@@ -114,10 +115,6 @@ def measured(config: Config) -> dict[str, Any]:
 
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
     return jax.device_get(jax.jit(lambda k: lax.map(one, k))(keys))
-
-
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def picture(config: Config, run: Run, results: dict[str, Any]) -> Figure:

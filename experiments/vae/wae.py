@@ -25,11 +25,12 @@ from jax.nn import sigmoid
 
 from jaxzoo.core.divergences import inverse_multiquadratic_kernel, mmd
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-from jaxzoo.data.digits import digits
+from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, image_grid, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.wae import (
     LatentDiscriminator,
@@ -48,7 +49,6 @@ KINDS = {
     "vae": "VAE",
     "fitted": "VAE, variance fitted",
 }
-LATER = 300  # rows of the training part: "validation" holds them out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +177,6 @@ def statistics(config: Config, size: int, key: jax.Array) -> jax.Array:
     return lax.map(one, jax.random.split(key, config.repetitions))
 
 
-def stderr(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5)
-
-
 def pictures(
     config: Config, run: Run, results: Any, sampled: Any, images: Any, test: Any
 ) -> list[Figure]:
@@ -228,15 +224,7 @@ def pictures(
 
 
 def main(config: Config, run: Run) -> Report:
-    data = digits()
-
-    def flat(split: str) -> Any:
-        image = data.split(split).arrays["image"]
-        return np.asarray(image.reshape(-1, 64) / 16.0, np.float32)
-
-    x, test = flat("train"), flat("test")
-    if config.held_out == "validation":
-        x, test = x[:-LATER], x[-LATER:]
+    (x, _), (test, _) = flat_digits(config.held_out)
 
     @jax.jit
     def every(seeds: jax.Array, x: jax.Array, test: jax.Array) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from jaxzoo.data.source import Dataset, Feature, Source
 
-__all__ = ["digits"]
+__all__ = ["digits", "flat_digits"]
 
 _TRAIN = 1_500
+_VALIDATION = 300
+
+_Pair = tuple[np.ndarray, np.ndarray]
 
 
 def digits() -> Dataset:
@@ -54,3 +59,39 @@ def digits() -> Dataset:
             "Digits, UCI Machine Learning Repository (1998); shipped by scikit-learn"
         ),
     )
+
+
+def flat_digits(
+    held_out: Literal["test", "validation"] = "test",
+) -> tuple[_Pair, _Pair]:
+    """Digits as rows of 64 numbers in [0, 1], for nets of dense layers.
+
+    Args:
+      held_out: "test" for the 297 of other hands; "validation" leaves those unseen,
+        trains on the first 1,200 and holds out the last 300 of the training part, to
+        choose settings by.
+
+    Returns:
+      `(x, label), (x, label)`, training part and held-out part: x float32 [n, 64],
+      ink over 16; label int32 [n].
+
+    Raises:
+      ValueError: `held_out` is neither.
+
+    >>> (x, label), (test, _) = flat_digits("validation")
+    >>> x.shape, test.shape, float(x.max())
+    ((1200, 64), (300, 64), 1.0)
+    """
+    if held_out not in ("test", "validation"):
+        raise ValueError(f"'held_out' is {held_out!r}: 'test' or 'validation', please")
+    data = digits()
+    parts = [data.split(name).arrays for name in ("train", "test")]
+    train, test = (
+        (np.asarray(p["image"].reshape(-1, 64) / 16.0, np.float32), p["label"])
+        for p in parts
+    )
+    if held_out == "test":
+        return train, test
+    x, label = train
+    later = len(x) - _VALIDATION
+    return (x[:later], label[:later]), (x[later:], label[later:])
