@@ -15,6 +15,8 @@ OLDEST ?= $(shell $(call FIND_PYTHON,v[:2] == (3, 11)))
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 BIN = .venv/bin
 WORKERS ?= 2
+# What a change affects comes first, where tests/affected.py is told since when.
+FIRST = --numprocesses $(WORKERS) -p tests.affected
 
 .PHONY: demo test check test-oldest test-aot other-environments results clean
 
@@ -22,7 +24,7 @@ demo: .venv/installed
 	$(BIN)/python -m experiments.vae.iwae demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal tests jaxzoo pallas_kernels
+	$(BIN)/python -m pytest $(FIRST) --dist worksteal tests jaxzoo pallas_kernels
 	# By themselves, since tests compile in haste and notebooks train for minutes.
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake notebooks
 
@@ -40,12 +42,12 @@ test-oldest:
 	@echo "No Python 3.11 here: nothing was tested. make test-oldest OLDEST=/path/to/python3.11"
 else
 test-oldest: .venv-oldest/installed-dev
-	.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(SUBSET)
+	.venv-oldest/bin/python -m pytest $(FIRST) --dist worksteal $(SUBSET)
 endif
 
 # With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
 test-aot: .venv-aot/installed-dev
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-aot/bin/python -m pytest --numprocesses $(WORKERS) tests/*/test_*_aot.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-aot/bin/python -m pytest $(FIRST) tests/*/test_*_aot.py
 
 # What `test-oldest` and `test-aot` need, to be made beside something else.
 other-environments: .venv-aot/installed-dev $(if $(OLDEST),.venv-oldest/installed-dev)
