@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-from jaxzoo.data.sprites import FACTORS, sprites
+from jaxzoo.data.sprites import flat_sprites
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
@@ -59,18 +59,6 @@ PRESETS = {
     ),
     "full": Config(),
 }  # fmt: skip
-
-
-def data() -> tuple[np.ndarray, np.ndarray]:
-    """All sprites of angle 0: grey images `[576, 256]` and levels of four factors."""
-    both = [sprites().split(name).arrays for name in ("train", "test")]
-    image, factors = (
-        np.concatenate([part[name] for part in both]) for name in ("image", "factors")
-    )
-    chosen = factors[:, list(FACTORS).index("angle")] == 0
-    columns = [list(FACTORS).index(name) for name in VARYING]
-    flat = image[chosen].reshape(np.sum(chosen), -1).astype(np.float32)
-    return flat / np.float32(255.0), factors[chosen][:, columns]
 
 
 def one_model(config: Config, key: Any, weights: Any, x: Any, factors: Any) -> Any:
@@ -124,7 +112,7 @@ def models(config: Config) -> dict[str, tuple[float, float, float]]:
 
 def measured(config: Config) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
     """By model figures `[seeds, ...]`; the sums of parts for each of the first's."""
-    x, factors = data()
+    x, factors = flat_sprites(is_upright=True)
     weights = np.asarray(list(models(config).values()), np.float32)
     count = len(weights)
 

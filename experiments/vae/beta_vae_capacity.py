@@ -24,7 +24,7 @@ from jax import lax
 from jax.nn import sigmoid
 
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-from jaxzoo.data.sprites import FACTORS, sprites
+from jaxzoo.data.sprites import FACTORS, flat_sprites
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, image_grid, panels
@@ -75,15 +75,6 @@ PRESETS = {
     ),
     "full": Config(),
 }  # fmt: skip
-
-
-def data() -> tuple[np.ndarray, np.ndarray]:
-    """All sprites: grey images `[3456, 256]` and levels of five factors."""
-    both = [sprites().split(name).arrays for name in ("train", "test")]
-    image, factors = (
-        np.concatenate([part[name] for part in both]) for name in ("image", "factors")
-    )
-    return image.reshape(len(image), -1) / np.float32(255.0), factors
 
 
 def one_model(config: Config, kind: Any, key: Any, x: Any, factors: Any) -> Any:
@@ -163,7 +154,7 @@ def one_model(config: Config, kind: Any, key: Any, x: Any, factors: Any) -> Any:
 
 def measured(config: Config) -> Any:
     """Traces, final figures and traversals, `[models, seeds, ...]` each."""
-    x, factors = data()
+    x, factors = flat_sprites()
 
     @jax.jit
     def every(seeds: Any, x: Any, factors: Any) -> Any:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from jaxzoo.data.source import Dataset, Feature, Source
 
-__all__ = ["FACTORS", "SHAPES", "draw_sprites", "sprites"]
+__all__ = ["FACTORS", "SHAPES", "draw_sprites", "flat_sprites", "sprites"]
 
 SHAPES = ("square", "ellipse", "heart")
 
@@ -116,3 +116,29 @@ def sprites(*, size: int = 16, seed: int = 0) -> Dataset:
         },
         licence="drawn by jaxzoo, Apache-2.0",
     )
+
+
+def flat_sprites(*, is_upright: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """All sprites of both splits as rows of 256 numbers, and their factors.
+
+    Args:
+      is_upright: only those of angle 0, without that factor: 576 of four.
+
+    Returns:
+      `(x, factors)`: float32 [3456, 256], grey from 0 to 1; int32 [3456, 5], in the
+      order of `FACTORS`.
+
+    >>> x, factors = flat_sprites(is_upright=True)
+    >>> x.shape, factors.max(axis=0).tolist()
+    ((576, 256), [2, 2, 7, 7])
+    """
+    both = [sprites().split(name).arrays for name in ("train", "test")]
+    image, factors = (
+        np.concatenate([part[name] for part in both]) for name in ("image", "factors")
+    )
+    x = image.reshape(len(image), -1).astype(np.float32) / np.float32(255.0)
+    if not is_upright:
+        return x, factors
+    place = list(FACTORS).index("angle")
+    chosen = factors[:, place] == 0
+    return x[chosen], np.delete(factors[chosen], place, axis=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxzoo.data.sprites import FACTORS, SHAPES, draw_sprites, sprites
+from jaxzoo.data.sprites import FACTORS, SHAPES, draw_sprites, flat_sprites, sprites
 
 
 def one(shape=0, scale=0.2, angle=0.0, x=0.5, y=0.5, size=64):
@@ -60,3 +60,16 @@ def test_bad_input_is_named():
         draw_sprites([3], [0.2], [0.0], [0.5], [0.5])
     with pytest.raises(ValueError, match="expected one length"):
         draw_sprites([1, 1], [0.2], [0.0], [0.5], [0.5])
+
+
+def test_rows_are_the_images_with_their_factors():
+    x, factors = flat_sprites()
+    record = sprites().split("test")[7]
+    found = np.flatnonzero(np.all(factors == record["factors"][None], axis=1))
+    assert len(x) == 3456 and found.tolist() == [3007]
+    np.testing.assert_allclose(255.0 * x[3007], record["image"].ravel(), atol=1e-3)
+    upright, others = flat_sprites(is_upright=True)
+    angle = list(FACTORS).index("angle")
+    chosen = factors[:, angle] == 0
+    np.testing.assert_array_equal(upright, x[chosen])
+    np.testing.assert_array_equal(others, factors[chosen][:, [0, 1, 3, 4]])
