@@ -14,7 +14,6 @@ in training the annealed VAE keeps 0.2.
 """
 
 import dataclasses
-import re
 from typing import Any, Literal
 
 import jax
@@ -26,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl, normal_log_prob
 from jaxzoo.data.digits import flat_digits
-from jaxzoo.data.text import moby_dick
+from jaxzoo.data.text import LETTERS, moby_dick_letters
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
@@ -41,7 +40,6 @@ from jaxzoo.vae.autogen import (
     word_dropout,
 )
 
-LETTERS = 27  # the space and a to z
 # Multiplicity m, and whether the weight of the KL is annealed.
 TEXT = {"VAE": (0.0, 0), "VAE, annealed": (0.0, 1), "AutoGen, m = 1": (1.0, 0)}
 MULTIPLES = (0.0, 1.0, 3.0)  # of digits
@@ -74,14 +72,6 @@ PRESETS = {
     ),
     "full": Config(),
 }  # fmt: skip
-
-
-def letters(split: str, length: int) -> np.ndarray:
-    """Pieces of Moby Dick in 27 symbols, runs of others as one space."""
-    text = moby_dick(window=64).split(split).arrays["token"].tobytes().decode("latin")
-    plain = re.sub("[^a-z]+", " ", text.lower()).encode()
-    symbols = np.frombuffer(plain, np.uint8).astype(np.int32) % 32
-    return symbols[: len(symbols) // length * length].reshape(-1, length)
 
 
 class Model:
@@ -252,7 +242,7 @@ def pictures(
 
 def main(config: Config, run: Run) -> Report:
     parts = "train", config.held_out
-    x, test = (letters(split, config.letters) for split in parts)
+    x, test = (moby_dick_letters(split, config.letters) for split in parts)
     (images, _), (others, _) = flat_digits(config.held_out)
     images, others = (np.float32(a >= 0.5) for a in (images, others))
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+import re
 
 import numpy as np
 
 from jaxzoo.data.shipped import read_shipped
 from jaxzoo.data.source import Dataset, Feature, Source
 
-__all__ = ["moby_dick", "state_of_the_union"]
+__all__ = ["LETTERS", "moby_dick", "moby_dick_letters", "state_of_the_union"]
+
+LETTERS = 27
+"""Symbols of `moby_dick_letters`: 0 is the space, 1 to 26 are a to z."""
 
 
 def moby_dick(*, window: int = 256) -> Dataset:
@@ -43,6 +47,34 @@ def moby_dick(*, window: int = 256) -> Dataset:
         window,
         "Moby Dick; or, The Whale, by Herman Melville (1851), UTF-8 bytes.",
     )
+
+
+def moby_dick_letters(split: str, length: int) -> np.ndarray:
+    """Pieces of Moby Dick in 27 symbols, for models too small for bytes.
+
+    Letters lose their case, and whatever lies between words becomes one space.
+
+    Args:
+      split: "train", "validation" or "test" of `moby_dick`.
+      length: symbols of a piece, at least 1.
+
+    Returns:
+      int32 [N, length] in [0, `LETTERS`), in reading order.
+
+    Raises:
+      KeyError: there is no such split.
+      ValueError: `length` is below 1.
+
+    >>> piece = moby_dick_letters("train", 16)[0]
+    >>> "".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in piece)
+    'chapter loomings'
+    """
+    if length < 1:
+        raise ValueError(f"length={length} is not at least 1.")
+    text = moby_dick(window=64).split(split).arrays["token"].tobytes().decode("latin")
+    plain = re.sub("[^a-z]+", " ", text.lower()).encode()
+    symbols = np.frombuffer(plain, np.uint8).astype(np.int32) % 32
+    return symbols[: len(symbols) // length * length].reshape(-1, length)
 
 
 def state_of_the_union(*, window: int = 256) -> Dataset:
