@@ -62,8 +62,7 @@ def moby_dick_letters(split: str, length: int) -> np.ndarray:
       int32 [N, length] in [0, `LETTERS`), in reading order.
 
     Raises:
-      KeyError: there is no such split.
-      ValueError: `length` is below 1.
+      ValueError: there is no such split, or `length` is below 1.
 
     >>> piece = moby_dick_letters("train", 16)[0]
     >>> "".join(" abcdefghijklmnopqrstuvwxyz"[i] for i in piece)
