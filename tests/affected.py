@@ -13,6 +13,7 @@ two variables, where git does not know COMMIT, and if what holds for all tests h
 changed, everything is run.
 """
 
+import builtins
 import functools
 import os
 import re
@@ -142,6 +143,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     until = float(os.environ.get("TESTS_UNTIL", "inf"))
     if time.time() > until and not item.stash.get(AFFECTED, True):
         pytest.skip("not affected by the change, and the time is up")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    # A doctest leaves its last value there, and tyro, where it is imported after one,
+    # puts all builtins into a set: a list in a tuple would be an error.
+    builtins.__dict__.pop("_", None)
 
 
 AFFECTED = pytest.StashKey[bool]()

@@ -103,6 +103,18 @@ def test_when_the_time_is_up_what_is_affected_is_still_run(project, file, ran):
     assert ("the time is up" in done.stdout) == (len(ran) < 3)
 
 
+def test_doctests_leave_no_value_behind(project):
+    (project / "a.py").write_text('">>> [1]\\n[1]"\n')
+    text = "import builtins\ndef test_it(): assert not hasattr(builtins, '_')\n"
+    (project / "test_b.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "--doctest-modules", "-p"]
+    command += ["no:cacheprovider", "-p", "tests.affected", "a.py", "test_b.py"]
+    done = subprocess.run(
+        command, cwd=project, capture_output=True, text=True, check=False
+    )
+    assert "2 passed" in done.stdout, done.stdout
+
+
 def test_the_order_begins_elsewhere():
     assert in_turn([1, 2, 3, 4], 0.5) == [3, 4, 1, 2]
     assert in_turn([1, 2], 0.0) == [1, 2]
