@@ -70,7 +70,7 @@ def dci(codes: np.ndarray, factors: np.ndarray, test: Any) -> tuple[float, ...]:
     importance, right = [], []
     for factor in factors.T:
         forest = RandomForestClassifier(
-            30, max_depth=8, max_features=None, random_state=0
+            30, max_depth=8, max_features=1.0, random_state=0
         )
         forest.fit(codes[~test], factor[~test])
         importance.append(forest.feature_importances_)
