@@ -69,9 +69,9 @@ def dci(codes: np.ndarray, factors: np.ndarray, test: Any) -> tuple[float, ...]:
 
     importance, right = [], []
     for factor in factors.T:
-        forest = RandomForestClassifier(
-            30, max_depth=8, max_features=1.0, random_state=0
-        )
+        # All latents at each split: of a few, the best may not be one.
+        knobs: Any = {"max_features": None, "max_depth": 8, "random_state": 0}
+        forest = RandomForestClassifier(30, **knobs)
         forest.fit(codes[~test], factor[~test])
         importance.append(forest.feature_importances_)
         right.append(np.mean(forest.predict(codes[test]) == factor[test]))

@@ -92,7 +92,8 @@ def test_the_bound_is_the_mean_of_minus_the_loss():
     assert_allclose(aux["bound"], -each.mean(axis=0), rtol=1e-4)
     assert np.all(aux["bound"] < estimate)
     w = log_p + prior - posterior
-    expected = logsumexp(w, axis=0) + 2.0 * logsumexp(log_p, axis=0) - 3 * np.log(500)
+    first, second = np.asarray([logsumexp(a, axis=0) for a in (w, log_p)])
+    expected = first + 2.0 * second - 3 * np.log(500)
     assert_allclose(estimate, expected, rtol=1e-5)
 
 
