@@ -134,9 +134,7 @@ def contestants(config: Config, samples: int) -> dict[str, Callable[[], Any]]:
     except ImportError:
         return calls
     knobs = {"samples": samples, "latents": config.latents}
-    calls[TORCH], value = peers.training_step(
-        np.array(fit.x), *fit.weights(), **knobs
-    )
+    calls[TORCH], value = peers.training_step(np.array(fit.x), *fit.weights(), **knobs)
     ours, theirs = float(loss(fit.params, fit.x, noise)), value(noise)
     if abs(ours / theirs - 1.0) > 1e-4:
         raise ArithmeticError(f"{OURS} has a loss of {ours}, {TORCH} of {theirs}.")
