@@ -1,20 +1,25 @@
 """What a change can reach is tested first; the rest as long as there is time.
 
-    TESTS_SINCE=COMMIT TESTS_UNTIL=SECONDS pytest -p tests.affected ...
+    TESTS_SINCE=MANIFEST TESTS_UNTIL=SECONDS pytest -p tests.affected ...
 
-COMMIT has passed everything. A test is affected if a file has changed since then that
-its file reaches, or that what it is parametrized with does: a case of the contracts has
-its function's module, a smoke its experiment. Files reach what they import or name:
-dotted names of this project anywhere in their text, and in tests and kernels also files
-beside them by their mere names. Affected tests come first, whatever the time; after
-SECONDS of the epoch others are skipped, and the summary says how many in one line. The
-others' order begins elsewhere for each commit, so that none is always last. Without the
-two variables, where git does not know COMMIT, and if what holds for all tests has
-changed, everything is run.
+MANIFEST has a line for each file of the newest commit that has passed everything: the
+hash that git gives its contents, and its path. (So no history is needed to compare.)
+
+    git ls-tree -r --format='%(objectname) %(path)' COMMIT > .ci/passed
+
+A test is affected if its file reaches one that is not as it was then, or if what it is
+parametrized with does: a case of the contracts has its function's module, a smoke its
+experiment. Files reach what they import or name: dotted names of this project anywhere
+in their text, and in tests and kernels also files beside them by their mere names.
+Affected tests come first, whatever the time; after SECONDS of the epoch others are
+skipped, and the summary says how many in one line. The others' order begins elsewhere
+for each commit, so that none is always last. Without the two variables, and if what
+holds for all tests has changed, everything is run.
 """
 
 import builtins
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -40,22 +45,34 @@ _DOTTED = re.compile(r"\b(?:jaxzoo|experiments|pallas_kernels|tests)(?:[./]\w+)+
 _WORD = re.compile(r"\b[a-z]\w+\b")
 
 
-def changed(since: str, root: Path = ROOT) -> set[Path] | None:
-    """Files that differ from a commit, committed or not; None if nobody knows."""
+class Passed:
+    """The files of a commit that has passed everything, by their contents."""
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True
-        ).stdout
+    def __init__(self, manifest: Path, root: Path = ROOT):
+        lines = manifest.read_text("utf-8").splitlines()
+        pairs = (line.split(" ", 1) for line in lines)
+        self.root, self.hashes = root, {path: sha1 for sha1, path in pairs}
+        self._known: dict[Path, bool] = {}
 
-    try:
-        git("merge-base", "--is-ancestor", since, "HEAD")
-        names = git("diff", "--name-only", "--no-renames", since)
-        names += git("ls-files", "--others", "--exclude-standard")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {root / name for name in names.splitlines()}
+    def is_changed(self, path: Path) -> bool:
+        if path not in self._known:
+            data = path.read_bytes() if path.is_file() else b""
+            # As git names a blob.
+            sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            name = path.relative_to(self.root).as_posix()
+            self._known[path] = self.hashes.get(name) != sha1
+        return self._known[path]
+
+    def is_all_changed(self) -> bool:
+        """Whether something differs that holds for all tests."""
+        names = {name for name in self.hashes if name.startswith(EVERYTHING)}
+        for place in EVERYTHING:
+            names |= {
+                path.relative_to(self.root).as_posix()
+                for path in (self.root / place).rglob("*")
+                if path.is_file() and "__pycache__" not in path.parts
+            }
+        return any(self.is_changed(self.root / name) for name in names)
 
 
 @functools.cache
@@ -106,10 +123,12 @@ def starts(item: pytest.Item) -> Iterable[Path]:
             yield path
 
 
-def is_affected(item: pytest.Item, files: set[Path] | None) -> bool:
-    if files is None or item.path.relative_to(ROOT).as_posix() in ALWAYS:
+def is_affected(item: pytest.Item, passed: Passed) -> bool:
+    if item.path.relative_to(ROOT).as_posix() in ALWAYS:
         return True
-    return any(not files.isdisjoint(reaches(path)) for path in starts(item))
+    return any(
+        passed.is_changed(path) for start in starts(item) for path in reaches(start)
+    )
 
 
 def in_turn(items: list[Any], start: float) -> list[Any]:
@@ -122,14 +141,11 @@ def in_turn(items: list[Any], start: float) -> list[Any]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not (since := os.environ.get("TESTS_SINCE")):
         return
-    files = changed(since)
-    if files is not None and any(
-        path.relative_to(ROOT).as_posix().startswith(EVERYTHING) for path in files
-    ):
-        files = None
+    passed = Passed(ROOT / since)
+    everything = passed.is_all_changed()
     first, others = [], []
     for item in items:
-        item.stash[AFFECTED] = is_affected(item, files)
+        item.stash[AFFECTED] = everything or is_affected(item, passed)
         (first if item.stash[AFFECTED] else others).append(item)
     head = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.affected import ROOT, changed, in_turn, reaches
+from tests.affected import ROOT, Passed, in_turn, reaches
 
+FORMAT = "%(objectname) %(path)"
 FILES = {
     "jaxzoo/core/sums.py": "VALUE = 1\n",
     "jaxzoo/vae/one.py": "from jaxzoo.core.sums import VALUE\n",
@@ -33,7 +34,8 @@ def project(tmp_path) -> Path:
         (tmp_path / name).write_text(text)
     shutil.copy(ROOT / "tests/affected.py", tmp_path / "tests")
     git(tmp_path, "init", "-q")
-    commit(tmp_path)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "all")
     return tmp_path
 
 
@@ -43,10 +45,11 @@ def git(project: Path, *words: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def commit(project: Path) -> str:
-    git(project, "add", "-A")
-    git(project, "commit", "-qm", "change")
-    return git(project, "rev-parse", "HEAD").strip()
+def manifest(project: Path) -> Path:
+    """Of the commit that there is."""
+    path = project / "passed"
+    path.write_text(git(project, "ls-tree", "-r", "--format", FORMAT, "HEAD"))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -66,16 +69,20 @@ def test_files_reach_what_they_name(project, start, expected):
     assert ("jaxzoo.core.sums" in names) == (start == "tests/vae/test_one.py")
 
 
-def test_changes_are_those_since_a_commit_and_of_the_tree(project):
-    first = git(project, "rev-parse", "HEAD").strip()
-    assert changed(first, project) == set()
+def test_changes_are_of_contents(project):
+    passed = Passed(manifest(project), project)
+    files = [project / name for name in FILES]
+    assert not any(map(passed.is_changed, files)) and not passed.is_all_changed()
     (project / "jaxzoo/vae/two.py").write_text("\n")
-    commit(project)
     (project / "new.py").write_text("\n")
     (project / "jaxzoo/core/sums.py").unlink()
-    names = ("jaxzoo/vae/two.py", "new.py", "jaxzoo/core/sums.py")
-    assert changed(first, project) == {project / name for name in names}
-    assert changed("0" * 40, project) is None
+    passed = Passed(manifest(project), project)  # of the commit, not of the tree
+    names = ["jaxzoo/vae/two.py", "new.py", "jaxzoo/core/sums.py"]
+    assert all(passed.is_changed(project / name) for name in names)
+    assert not passed.is_changed(project / "jaxzoo/vae/one.py")
+    (project / "tests/golden").mkdir()
+    (project / "tests/golden/a.npz").write_text("")
+    assert Passed(manifest(project), project).is_all_changed()
 
 
 @pytest.mark.parametrize(
@@ -88,12 +95,12 @@ def test_changes_are_those_since_a_commit_and_of_the_tree(project):
     ],
 )
 def test_when_the_time_is_up_what_is_affected_is_still_run(project, file, ran):
-    since = git(project, "rev-parse", "HEAD").strip()
+    since = manifest(project)
     if file:
         (project / file).write_text(FILES[file] + "\n# changed\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.affected", "-p"]
     command += ["no:cacheprovider", "-v", "-ra", "tests/vae"]
-    env = os.environ | {"TESTS_SINCE": since, "TESTS_UNTIL": "0"}
+    env = os.environ | {"TESTS_SINCE": str(since), "TESTS_UNTIL": "0"}
     done = subprocess.run(
         command, cwd=project, env=env, capture_output=True, text=True, check=False
     )
