@@ -25,12 +25,12 @@ import optax
 from jax import lax
 from jax.nn import sigmoid
 
+from experiments.vae._unscented_pictures import pictures
 from jaxzoo.core.stats import normal_kl
 from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import COLORS, image_grid, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 from jaxzoo.vae.unscented_autoencoder import (
     TriangularEncoder,
@@ -44,8 +44,6 @@ KINDS = {
     "uae": "UAE",
     "full": "UAE, full covariance",
 }
-# The same parameters, those of the VAE, and the same loss: the points alone differ.
-SAME = {"draws": "noise", "random": "sigma points", "pairs": "pairs of sigma points"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,41 +237,6 @@ def same_loss(config: Config, params: Any, key: jax.Array, x: jax.Array) -> Any:
     draws = jax.random.split(key, config.draws)
     every = lax.map(lambda k: jacobian(params, k), draws)
     return {name: variance(g) for name, g in every.items()}
-
-
-def pictures(
-    config: Config, run: Run, lines: Any, same: Any, images: Any, test: Any
-) -> list[Figure]:
-    figure, axes = panels(2, width=5.4)
-    when = np.arange(config.checks) * config.steps // config.checks
-    same = {label: same[k] for k, label in SAME.items()}
-    for ax, series in zip(axes, (lines, same), strict=True):
-        for i, (label, values) in enumerate(series.items()):
-            spread = values.std(axis=0, ddof=1) / len(values) ** 0.5
-            ax.errorbar(
-                when, values.mean(axis=0), spread, color=COLORS[i], marker="osD^"[i],
-                ms=4, capsize=3, label=label,
-            )  # fmt: skip
-        ax.set(xlabel="training step", yscale="log")
-        ax.legend(frameon=False, fontsize=8)
-    axes[0].set(ylabel="variance of the gradient (loss$^2$)", title="each its own loss")
-    axes[1].set(title="one network, one loss")
-    rows = [np.reshape(row, (-1, 8, 8)) for row in (test[: config.samples], *images)]
-    grid = image_grid(rows, ["held out", "VAE", "UAE", "UAE, full"])
-    return [
-        run.figure(
-            "variance", figure, title="Variance of the gradient",
-            caption=f"Summed over parameters, over {config.draws} choices of "
-            f"{config.points} points for one batch; means and standard errors over "
-            f"{config.seeds} seeds. Left: networks as each loss trains them. Right: "
-            "the VAE's network and ||x - mean of decoded points||^2.",
-        ),
-        run.figure(
-            "samples", grid, title="Samples",
-            caption="Decoded from a mixture of Gaussians fitted to the training codes, "
-            "first seed.",
-        ),
-    ]  # fmt: skip
 
 
 def main(config: Config, run: Run) -> Report:
