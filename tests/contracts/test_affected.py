@@ -28,7 +28,10 @@ FILES = {
 
 
 @pytest.fixture
-def project(tmp_path) -> Path:
+def project(tmp_path, monkeypatch) -> Path:
+    # What CI sets is about this project, not about that one.
+    for name in ("TESTS_SINCE", "TESTS_UNTIL"):
+        monkeypatch.delenv(name, raising=False)
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
