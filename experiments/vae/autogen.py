@@ -23,6 +23,7 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from experiments.vae._courses import courses
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl, normal_log_prob
 from jaxzoo.data.digits import flat_digits
 from jaxzoo.data.text import LETTERS, moby_dick_letters
@@ -192,12 +193,7 @@ def pictures(
     config: Config, run: Run, text: Any, digits: Any, course: np.ndarray
 ) -> list[Figure]:
     figure, axes = panels(3, width=4.4)
-    chunks = np.array_split(np.arange(config.steps), 20 if config.steps >= 20 else 2)
-    where = [c.mean() for c in chunks]
-    series = {
-        name: (where, np.stack([course[i][:, c].mean(axis=1) for c in chunks]))
-        for i, name in enumerate(TEXT)
-    }
+    series = courses(TEXT, course)
     curves(axes[0], series, xlabel="step", ylabel="KL of text, in training (nats)")
     terms = {
         "reconstruction": "E log p(x|z)", "log_r": "log p(x'=x|x)", "log_p": "log p(x)",

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments.vae._courses import courses
 from jaxzoo.data.text import LETTERS, moby_dick_letters
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
@@ -128,12 +129,7 @@ def pictures(
     config: Config, run: Run, found: Any, course: np.ndarray, layers: np.ndarray
 ) -> list[Figure]:
     figure, axes = panels(3, width=4.4)
-    chunks = np.array_split(np.arange(config.steps), 20 if config.steps >= 20 else 2)
-    where = [c.mean() for c in chunks]
-    series = {
-        name: (where, np.stack([course[i][:, c].mean(axis=1) for c in chunks]))
-        for i, name in enumerate(MODELS)
-    }
+    series = courses(MODELS, course)
     curves(axes[0], series, xlabel="step", ylabel="KL in training (nats per piece)")
     for i, (name, marker) in enumerate(zip(MODELS, "osD", strict=True)):
         x, y = found["kl"][i], found["loss"][i]
