@@ -17,16 +17,24 @@ BIN = .venv/bin
 WORKERS ?= 2
 # What a change affects comes first, where tests/affected.py is told since when.
 FIRST = --numprocesses $(WORKERS) -p tests.affected
+# `make test` is a quarter of an hour: what a change affects, however long it takes, other
+# tests while these minutes last, and the notebooks. `make test-all` is everything.
+MINUTES ?= 12
 
-.PHONY: demo test check test-oldest test-aot other-environments results clean
+.PHONY: demo test test-all check test-oldest test-aot other-environments results clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.vae.iwae demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(FIRST) --dist worksteal tests jaxzoo pallas_kernels
+	TESTS_SINCE="$${TESTS_SINCE-.ci/passed}" \
+	  TESTS_UNTIL="$${TESTS_UNTIL-$$(($$(date +%s) + 60 * $(MINUTES)))}" \
+	  $(BIN)/python -m pytest $(FIRST) --dist worksteal tests jaxzoo pallas_kernels
 	# By themselves, since tests compile in haste and notebooks train for minutes.
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake notebooks
+
+test-all:
+	TESTS_SINCE= $(MAKE) test
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -45,9 +53,10 @@ test-oldest: .venv-oldest/installed-dev
 	.venv-oldest/bin/python -m pytest $(FIRST) --dist worksteal $(SUBSET)
 endif
 
-# With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels.
+# With the vendors' compilers, which need no TPU and no GPU: 0.9 GB of wheels. What they
+# compile is what is tested, so none of it comes from the compile cache.
 test-aot: .venv-aot/installed-dev
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-aot/bin/python -m pytest $(FIRST) tests/*/test_*_aot.py
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 JAX_ENABLE_COMPILATION_CACHE=0 .venv-aot/bin/python -m pytest $(FIRST) tests/*/test_*_aot.py
 
 # What `test-oldest` and `test-aot` need, to be made beside something else.
 other-environments: .venv-aot/installed-dev $(if $(OLDEST),.venv-oldest/installed-dev)

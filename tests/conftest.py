@@ -1,6 +1,7 @@
 """Eight pretend CPU devices, strict shapes and exact matrix products for every test."""
 
 import os
+from pathlib import Path
 
 # Before jax is imported. NPROC: with two real cores, older jax deadlocks on collectives
 # between pretend devices unless its thread pool is larger.
@@ -17,8 +18,24 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import jax
 import pytest
 
+from jaxzoo.training import compile_cache
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Nine tenths of a contract's time is compilation, of programs that hardly change from
+# run to run: what is compiled once is kept, however little it is.
+# JAX_ENABLE_COMPILATION_CACHE=0 compiles everything anew.
+_HOME = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+compile_cache.enable(_HOME / "jaxzoo" / "tests")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # An entry that another process is just writing: it is compiled instead.
+    harmless = "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+    config.addinivalue_line("filterwarnings", harmless)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxzoo.catalogue import ROOT, read_papers
 
@@ -144,3 +145,11 @@ def _assert_leaf(actual: Any, expected: Any, rtol: float) -> None:
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     scale = np.abs(expected).max(initial=0.0)
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * scale)
+
+
+def assert_named(kind: Any, parameter: str, call: Callable[[], Any]) -> None:
+    """The call raises, and says in one short line which parameter is to blame."""
+    with pytest.raises(kind) as info:
+        call()
+    message = str(info.value)
+    assert parameter in message and len(message) <= 400 and "\n" not in message, message

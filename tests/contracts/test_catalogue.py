@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxzoo import catalogue
+from jaxzoo import catalogue, literals
 
 REPO = Path(__file__).resolve().parents[2]
 PAPERS = catalogue.read_papers(REPO)
@@ -116,7 +116,7 @@ def test_every_paper_is_complete(paper):
 def test_literals_are_what_python_sees(paper):
     seen = importlib.import_module(paper.module).PAPER
     seen = seen if isinstance(seen, list | tuple) else [seen]
-    fields = {name: getattr(paper, name) for name in catalogue.FIELDS}
+    fields = {name: getattr(paper, name) for name in literals.FIELDS}
     assert fields in list(seen)
 
 
