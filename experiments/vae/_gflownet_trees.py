@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxzoo.nn.flow_policy import FlowPolicy
 from jaxzoo.training.step import descend
-from jaxzoo.vae.gflownet_em import FlowPolicy, balance_loss, sample_trees
+from jaxzoo.vae.gflownet_em import balance_loss, sample_trees
 
 
 def all_trees(config: Any) -> tuple[np.ndarray, np.ndarray]:

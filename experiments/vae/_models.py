@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.nn import sigmoid
 
 from jaxzoo.core.divergences import random_directions
+from jaxzoo.core.mcmc import hmc
+from jaxzoo.core.medoids import k_medoids
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl, normal_log_prob
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.vae.autogen import autogen_loss
@@ -26,7 +28,7 @@ from jaxzoo.vae.beta_vae_capacity import (
     capacity_loss,
 )
 from jaxzoo.vae.generated_loss_vae import augment_batch, iterate_mean
-from jaxzoo.vae.geometric_vae import bandwidth, choose_centroids, sample_uniform
+from jaxzoo.vae.geometric_vae import bandwidth, log_volume
 from jaxzoo.vae.gmm_posterior_vae import gmm_posterior_loss
 from jaxzoo.vae.gradient_origin_network import gon_latent, gon_loss
 from jaxzoo.vae.infovae import infovae_loss, prior_divergence
@@ -83,11 +85,11 @@ def uniform_prior(_: Any, key: jax.Array, codes: Codes, num: int) -> jax.Array:
     keys = jax.random.split(key)
     # Medoids of a thousand codes: distances are of all pairs.
     mean, log_std = (a[:1000] for a in codes)
-    index = choose_centroids(mean, num_centroids=min(100, len(mean)))
+    index = k_medoids(mean, num_medoids=min(100, len(mean)))
     rows = jax.random.randint(keys[0], (num,), 0, len(mean))
-    metric = mean[index], log_std[index]
-    rho = bandwidth(metric[0])
-    return sample_uniform(keys[1], mean[rows], *metric, rho=rho, num_steps=30)[0]
+    chart: dict[str, Any] = {"centroids": mean[index], "log_std": log_std[index]}
+    density = functools.partial(log_volume, **chart, rho=bandwidth(mean[index]))
+    return hmc(keys[1], density, mean[rows], num_steps=30)[0]
 
 
 def models(size: Size) -> dict[str, Model]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
+from jaxzoo.core.mcmc import metropolis
 from jaxzoo.data.digits import digits
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
@@ -33,7 +34,7 @@ from jaxzoo.vae.dae_score import (
     dae_loss,
     gaussian_reconstruction,
     hessian_hat,
-    mh_sample,
+    log_density_difference,
     score_hat,
 )
 
@@ -132,9 +133,10 @@ def of_mixture(config: Config) -> dict[str, np.ndarray]:
         got, noise = score_hat(r, x, sigma=sigma), noisy - score
         hessian, aux = hessian_hat(r, x, sigma=sigma)
         true_hessian = jax.vmap(jax.hessian(log_density))(x)
-        _, chains = mh_sample(
-            keys[1], r, 2.0 * jax.random.normal(keys[2], (config.chains, 2)),
-            sigma=sigma, step_size=config.step_size, num_steps=config.chain_steps,
+        _, chains = metropolis(
+            keys[1], functools.partial(log_density_difference, r, sigma=sigma),
+            2.0 * jax.random.normal(keys[2], (config.chains, 2)),
+            step_size=config.step_size, num_steps=config.chain_steps,
         )  # fmt: skip
         mean = chains["mean"]
         found = chains["second_moment"] - mean[:, None] * mean[None]

@@ -26,6 +26,8 @@ from jax import lax
 from jax.nn import sigmoid
 
 from jaxzoo.core.divergences import gaussian_kernel, mmd, squared_distances
+from jaxzoo.core.mcmc import hmc
+from jaxzoo.core.medoids import k_medoids
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
 from jaxzoo.data.digits import flat_digits
 from jaxzoo.nn.mlp import MLP, GaussianMLP
@@ -36,11 +38,10 @@ from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
 from jaxzoo.vae.geometric_vae import (
     bandwidth,
-    choose_centroids,
+    curve_energy,
     geodesic,
     latent_metric,
     log_volume,
-    sample_uniform,
 )
 from jaxzoo.vae.vae import elbo, reparameterize
 
@@ -152,15 +153,16 @@ def one_seed(
 
     codes: Any = encoder.apply(params[0], x)
     mean, log_std = codes
-    index = choose_centroids(mean, num_centroids=config.centroids)
-    metric = mean[index], log_std[index]
-    rho = bandwidth(metric[0])
+    index = k_medoids(mean, num_medoids=config.centroids)
+    chart: dict[str, Any] = {"centroids": mean[index], "log_std": log_std[index]}
+    chart["rho"] = bandwidth(mean[index])
     rows = jax.random.randint(keys[3], (config.samples,), 0, len(x))
 
     def chains(step_size: float) -> Any:
-        return sample_uniform(
-            keys[4], mean[rows], *metric, rho=rho, num_steps=config.chain_steps,
-            num_leapfrog=config.leapfrog, step_size=step_size,
+        return hmc(
+            keys[4], functools.partial(log_volume, **chart), mean[rows],
+            num_steps=config.chain_steps, num_leapfrog=config.leapfrog,
+            step_size=step_size,
         )  # fmt: skip
 
     uniform, short = chains(config.step_size)
@@ -177,16 +179,17 @@ def one_seed(
     # Random points of every size, from well inside the data to far outside.
     size = jnp.geomspace(0.1, 100.0, config.points)[:, None]
     random = size * jax.random.normal(keys[6], (config.points, config.latents))
-    smallest = jnp.min(jnp.linalg.eigvalsh(latent_metric(random, *metric, rho=rho)))
+    smallest = jnp.min(jnp.linalg.eigvalsh(latent_metric(random, **chart)))
     ends = mean[jax.random.randint(keys[7], (2, config.curves), 0, len(x))]
+    energy = functools.partial(curve_energy, **chart)
     curve, energies = geodesic(
-        ends[0], ends[1], *metric, rho=rho, num_points=12, num_steps=config.curve_steps
+        energy, ends[0], ends[1], num_points=12, num_steps=config.curve_steps
     )
     line = jnp.linspace(ends[0], ends[1], 12, axis=1)
 
     def volume(curve: jax.Array) -> jax.Array:
         flat = curve.reshape(-1, config.latents)
-        return jnp.mean(log_volume(flat, *metric, rho=rho))
+        return jnp.mean(log_volume(flat, **chart))
 
     figures = {
         f"mmd_{k}": distance_of_samples(look(v), look(held_out))
@@ -202,7 +205,7 @@ def one_seed(
         "volume_at_starts": volume(mean[rows]),
         "volume_at_samples": volume(uniform),
         "volume_at_longer": volume(longer),
-        "rho": rho,
+        "rho": chart["rho"],
         "energy_ratio": jnp.mean(energies["energy"] / energies["straight_energy"]),
         "volume_on_curves": volume(curve),
         "volume_on_lines": volume(line),

@@ -25,12 +25,13 @@ from jax import lax
 
 from experiments.vae._gflownet_trees import parse
 from jaxzoo.core.stats import normal_log_prob
+from jaxzoo.nn.flow_policy import FlowPolicy
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
 from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import descend
-from jaxzoo.vae.gflownet_em import FlowPolicy, balance_loss, m_step_gate, sample_latents
+from jaxzoo.vae.gflownet_em import balance_loss, m_step_gate, sample_latents
 
 Model = dict[str, jax.Array]
 

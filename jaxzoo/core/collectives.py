@@ -12,9 +12,8 @@ inside is that of the sum of all devices' losses: average the parameters' gradie
 Sums over pairs go one tile at a time: the columns travel round a ring of devices while
 each device keeps its rows. The backward pass lets them travel once more and computes
 each tile again; the gradient of a block travels with it and comes home complete. So a
-device holds one tile of logits, [rows, rows] or [rows, chunk], however many devices
-there are. A function of a tile takes two `Side`s. It has to be a plain module-level
-function of its arguments alone: nothing that it closes over gets a gradient.
+device holds one tile of logits, [rows, rows] or [rows, chunk], however many there are.
+A function of a tile takes two `Side`s and closes over nothing that wants a gradient.
 """
 
 import functools
@@ -36,7 +35,6 @@ __all__ = [
     "axis_index",
     "axis_size",
     "masked_rows",
-    "pair_log_sums",
     "pair_sum",
     "per_device",
     "psum",
@@ -181,52 +179,12 @@ def pair_sum(
     >>> float(pair_sum(products, Side(jnp.ones((4, 3))), Side(jnp.ones((2, 3)))))
     24.0
     """
-    _check_chunk(columns, chunk)
+    check_chunk(columns, chunk)
     if axis_name is None:
         return _tiles_sum(block, rows, columns, None, chunk)
     axis_size(axis_name)
     rows, columns = varying((rows, columns), axis_name)
     return _ring_sum(block, axis_name, chunk, rows, columns)
-
-
-def pair_log_sums(
-    logits: Block,
-    rows: Side,
-    columns: Side,
-    *,
-    axis_name: AxisName = None,
-    chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """log sum exp of the logits: of each row over all columns, and the other way.
-
-    Args:
-        logits: `(rows, columns) -> [b, c]` of a tile, finite: give pairs that do not
-            count -1e30.
-        rows: as for `pair_sum`.
-        columns: as for `pair_sum`.
-        axis_name: as for `pair_sum`.
-        chunk: as for `pair_sum`.
-
-    Returns:
-        `[b]` for the rows of this device, and `[c]` for its columns.
-
-    Raises:
-        ValueError: as for `pair_sum`.
-
-    >>> products = lambda rows, columns: rows.features @ columns.features.T
-    >>> of_rows, of_columns = pair_log_sums(
-    ...     products, Side(jnp.zeros((4, 3))), Side(jnp.zeros((2, 3)))
-    ... )
-    >>> of_rows.tolist(), of_columns.tolist()
-    ([0.6931, 0.6931, 0.6931, 0.6931], [1.3863, 1.3863])
-    """
-    _check_chunk(columns, chunk)
-    if axis_name is None:
-        first, second = _no_sums(logits, rows, columns, None)
-        return _logs(*_tiles_log_sums(logits, rows, columns, first, second, chunk))
-    axis_size(axis_name)
-    rows, columns = varying((rows, columns), axis_name)
-    return _ring_log_sums(logits, axis_name, chunk, rows, columns)
 
 
 def masked_rows(x: Any, where: Any | None) -> jax.Array:
@@ -256,7 +214,8 @@ def _is_manual(axis_name: AxisName) -> bool:
     return names is not None and set(names) <= set(manual)
 
 
-def _check_chunk(columns: Side, chunk: int | None) -> None:
+def check_chunk(columns: Side, chunk: int | None) -> None:
+    """Refuses chunks that do not divide the columns of a device."""
     count = jax.tree.leaves(columns.features)[0].shape[0]
     if chunk is not None and (chunk < 1 or count % chunk):
         raise ValueError(
@@ -265,7 +224,7 @@ def _check_chunk(columns: Side, chunk: int | None) -> None:
         )
 
 
-def _over_tiles(step: Any, carry: Any, columns: Any, chunk: int | None) -> Any:
+def over_tiles(step: Any, carry: Any, columns: Any, chunk: int | None) -> Any:
     """`lax.scan` of a step over chunks of the columns; its outputs in one piece."""
     if chunk is None:
         return step(carry, columns)
@@ -285,10 +244,10 @@ def _tiles_sum(
         return total + block(rows, tile), None
 
     zero = varying(jnp.zeros((), dtype), axis_name)
-    return _over_tiles(add, zero, columns, chunk)[0]
+    return over_tiles(add, zero, columns, chunk)[0]
 
 
-def _round(hop: Any, carry: Any, traveller: Any, axis_name: AxisName) -> Any:
+def visit_ring(hop: Any, carry: Any, traveller: Any, axis_name: AxisName) -> Any:
     """Visits every device: `hop(carry, traveller)` returns both anew."""
 
     def visit(state: Any, _: None) -> Any:
@@ -308,7 +267,7 @@ def _ring_sum(
         return total, columns
 
     zero = jnp.zeros((), jax.eval_shape(block, rows, columns).dtype)
-    return _round(hop, varying(zero, axis_name), columns, axis_name)[0]
+    return visit_ring(hop, varying(zero, axis_name), columns, axis_name)[0]
 
 
 def _ring_sum_forward(
@@ -321,13 +280,13 @@ def _ring_sum_backward(
     block: Block, axis_name: AxisName, chunk: int | None, saved: Any, weight: jax.Array
 ) -> Any:
     rows, columns = saved
-    return _ring_gradient(block, axis_name, chunk, rows, columns, weight)
+    return ring_gradient(block, axis_name, chunk, rows, columns, weight)
 
 
 _ring_sum.defvjp(_ring_sum_forward, _ring_sum_backward)
 
 
-def _ring_gradient(
+def ring_gradient(
     block: Block,
     axis_name: AxisName,
     chunk: int | None,
@@ -352,97 +311,10 @@ def _ring_gradient(
         return jax.tree.map(jnp.add, (to_rows, to_columns), (first, second))
 
     def hop(to_rows: Any, traveller: tuple[Side, Any]) -> Any:
-        to_rows, to_columns = _over_tiles(tile, to_rows, traveller, chunk)
+        to_rows, to_columns = over_tiles(tile, to_rows, traveller, chunk)
         return to_rows, (traveller[0], to_columns)
 
     zeros = jax.tree.map(jnp.zeros_like, (rows.features, columns.features))
     to_rows, to_columns = varying(zeros, axis_name)
-    to_rows, home = _round(hop, to_rows, (columns, to_columns), axis_name)
+    to_rows, home = visit_ring(hop, to_rows, (columns, to_columns), axis_name)
     return Side(to_rows, None), Side(home[1], None)
-
-
-# log sum exp, online: a pair (largest logit so far, sum of exponentials below it).
-
-
-def _no_sums(logits: Block, rows: Side, columns: Side, axis_name: AxisName) -> Any:
-    tile = jax.eval_shape(logits, rows, columns)
-
-    def empty(count: int) -> tuple[jax.Array, jax.Array]:
-        lowest = jnp.finfo(tile.dtype).min / 2
-        return jnp.full(count, lowest, tile.dtype), jnp.zeros(count, tile.dtype)
-
-    return varying((empty(tile.shape[0]), empty(tile.shape[1])), axis_name)
-
-
-def _add(state: tuple[jax.Array, jax.Array], tile: jax.Array, axis: int) -> Any:
-    top, total = state
-    largest = lax.stop_gradient(jnp.maximum(top, jnp.max(tile, axis=axis)))
-    below = jnp.exp(tile - jnp.expand_dims(largest, axis))
-    return largest, total * jnp.exp(top - largest) + jnp.sum(below, axis=axis)
-
-
-def _tiles_log_sums(
-    logits: Block,
-    rows: Side,
-    columns: Side,
-    of_rows: Any,
-    of_columns: Any,
-    chunk: int | None,
-) -> Any:
-    def step(of_rows: Any, visited: Any) -> Any:
-        columns, of_columns = visited
-        tile = logits(rows, columns)
-        return _add(of_rows, tile, 1), _add(of_columns, tile, 0)
-
-    return _over_tiles(step, of_rows, (columns, of_columns), chunk)
-
-
-def _logs(*states: tuple[jax.Array, jax.Array]) -> Any:
-    return tuple(top + jnp.log(total) for top, total in states)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring_log_sums(
-    logits: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
-) -> Any:
-    def hop(of_rows: Any, traveller: Any) -> Any:
-        columns, of_columns = traveller
-        states = (of_rows, of_columns)
-        of_rows, of_columns = _tiles_log_sums(logits, rows, columns, *states, chunk)
-        return of_rows, (columns, of_columns)
-
-    of_rows, of_columns = _no_sums(logits, rows, columns, axis_name)
-    of_rows, home = _round(hop, of_rows, (columns, of_columns), axis_name)
-    return _logs(of_rows, home[1])
-
-
-def _ring_log_sums_forward(
-    logits: Block, axis_name: AxisName, chunk: int | None, rows: Side, columns: Side
-) -> Any:
-    sums = _ring_log_sums(logits, axis_name, chunk, rows, columns)
-    return sums, (rows, columns, sums)
-
-
-def _ring_log_sums_backward(
-    logits: Block, axis_name: AxisName, chunk: int | None, saved: Any, weights: Any
-) -> Any:
-    rows, columns, sums = saved
-    # d log-sum / d logit is a softmax: held fixed, it makes the gradient that of a sum
-    # over pairs, which goes round the same ring.
-    rows = Side(rows.features, (rows.tags, sums[0], weights[0]))
-    columns = Side(columns.features, (columns.tags, sums[1], weights[1]))
-    one = varying(jnp.ones((), sums[0].dtype), axis_name)
-    block = functools.partial(_softmax_weighted, logits)
-    return _ring_gradient(block, axis_name, chunk, rows, columns, one)
-
-
-def _softmax_weighted(logits: Block, rows: Side, columns: Side) -> jax.Array:
-    row_tags, row_sums, row_weights = rows.tags
-    column_tags, column_sums, column_weights = columns.tags
-    tile = logits(Side(rows.features, row_tags), Side(columns.features, column_tags))
-    of_rows = row_weights[:, None] * jnp.exp(tile - row_sums[:, None])
-    of_columns = column_weights[None] * jnp.exp(tile - column_sums[None])
-    return jnp.sum(tile * lax.stop_gradient(of_rows + of_columns))
-
-
-_ring_log_sums.defvjp(_ring_log_sums_forward, _ring_log_sums_backward)

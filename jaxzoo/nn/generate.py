@@ -7,6 +7,8 @@
 
 A way of decoding that combines models, or gives its model something else to read than
 the token, is a `model` of its own around them: what it remembers goes into the state.
+A temperature and the k likeliest tokens alone are one distribution, whoever draws from
+it: `adjusted_log_probs`.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
-__all__ = ["generate"]
+__all__ = ["adjusted_log_probs", "generate"]
 
 
 @typed
@@ -91,6 +93,48 @@ def generate(
     return tokens, {"log_prob": log_prob, "state": state}
 
 
+@typed
+def adjusted_log_probs(
+    logits: Float[ArrayLike, "*batch vocabulary"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Float[Array, "*batch vocabulary"]:
+    """What tokens are drawn from, so that every way of drawing is one from a softmax.
+
+    log softmax(logits / temperature) over the `top_k` largest, -inf for the others
+
+    Args:
+        logits: `[..., V]`.
+        temperature: >= 0; 0 is greedy, all of the probability on the largest.
+        top_k: tokens that stay, of equal ones the first; None: all.
+
+    Returns:
+        Log probabilities in nats, float32 `[..., V]`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    >>> logits = jnp.log(jnp.array([0.5, 0.1, 0.4]))
+    >>> jnp.exp(adjusted_log_probs(logits, temperature=0.5, top_k=2)).tolist()
+    [0.610, 0.0, 0.390]
+    """
+    check_range("temperature", temperature, low=0, below=float("inf"))
+    if top_k is not None:
+        check_range("top_k", top_k, low=1)
+    logits = as_float32(logits)
+    count = 1 if temperature == 0 else top_k
+    if count is not None and count < logits.shape[-1]:
+        _, best = jax.lax.top_k(logits, count)
+        none = jnp.zeros(logits.shape, bool)
+        keep = jnp.put_along_axis(none, best, True, axis=-1, inplace=False)
+        logits = jnp.where(keep, logits, -jnp.inf)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    # Less the largest first: a small temperature would send it to infinity.
+    logits = (logits - jax.lax.stop_gradient(largest)) / (temperature or 1.0)
+    return jax.nn.log_softmax(logits)
+
+
 def _counter(key: Array) -> Any:
     table = jax.random.normal(jax.random.key(1), (5, 5))
 
@@ -101,4 +145,8 @@ def _counter(key: Array) -> Any:
     return (key, model, prompt), {"state": (), "num_tokens": 6}
 
 
-EXAMPLES = {generate: _counter}
+def _logits(key: Array) -> Any:
+    return (jax.random.normal(key, (8, 5)),), {"temperature": 0.7}
+
+
+EXAMPLES = {adjusted_log_probs: _logits, generate: _counter}

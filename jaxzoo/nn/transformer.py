@@ -15,6 +15,7 @@ Parameters are float32; `dtype` is what products compute in, while norms, rotati
 the stream that blocks add to are float32.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -300,20 +301,15 @@ def _written(cache: KVCache, k: Array, v: Array) -> KVCache:
 
     def put(old: Array, new: Array) -> Array:
         new = jnp.where(fits, new.astype(old.dtype), jnp.nan)
-        return jax.vmap(
-            lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(
-                row, part, start, axis=0
-            )
-        )(old, new, cache.lengths)
+        place = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+        return jax.vmap(place)(old, new, cache.lengths)
 
     return KVCache(put(cache.keys, k), put(cache.values, v), cache.lengths + count)
 
 
 def _check_cache(block: Block, segment_ids: Any) -> None:
     if not block.is_causal:
-        raise ValueError(
-            "argument 'is_causal' is False, and with a cache it must be True."
-        )
+        raise ValueError("argument 'is_causal' is False, with a cache it must be True.")
     if segment_ids is not None:
         raise ValueError(
             "argument 'segment_ids' came with a cache: a row of it is one document."

@@ -13,7 +13,8 @@ tends, as sigma goes to 0, to r(x) = x + sigma^2 grad log p(x), so that
 and the last is all that Metropolis-Hastings asks for:
 
     loss, _ = dae_loss(key, reconstruct, x, sigma=0.1)             # train on this
-    samples, aux = mh_sample(key, reconstruct, start, sigma=0.1, num_steps=500)
+    log_ratio = partial(log_density_difference, reconstruct, sigma=0.1)
+    samples, aux = metropolis(key, log_ratio, start, num_steps=500)  # jaxzoo.core.mcmc
 
 `reconstruct` takes `[rows, D]` to `[rows, D]`, each row by itself. Of a Gaussian the
 best reconstruction is linear: `gaussian_reconstruction`.
@@ -53,7 +54,6 @@ __all__ = [
     "gaussian_reconstruction",
     "hessian_hat",
     "log_density_difference",
-    "mh_sample",
     "rcae_loss",
     "score_hat",
 ]
@@ -135,12 +135,8 @@ def rcae_loss(
     jacobian = _jacobian(reconstruct, x)
     contraction = _square(jacobian.reshape(len(x), -1))
     per_example = error + sigma**2 * contraction
-    aux = {
-        "reconstruction": jnp.mean(error),
-        "contraction": jnp.mean(contraction),
-        "per_example": per_example,
-    }
-    return jnp.mean(per_example), aux
+    aux = {"reconstruction": jnp.mean(error), "contraction": jnp.mean(contraction)}
+    return jnp.mean(per_example), aux | {"per_example": per_example}
 
 
 @typed
@@ -150,9 +146,7 @@ def score_hat(
     *,
     sigma: float = 0.1,
 ) -> Float[Array, "batch features"]:
-    """The gradient of the log-density, as the autoencoder sees it.
-
-    (r(x) - x) / sigma^2
+    """The gradient of the log-density, as autoencoders see it: (r(x) - x) / sigma^2.
 
     Args:
         reconstruct: r, `[rows, D]` to `[rows, D]`, trained with `sigma`.
@@ -181,9 +175,7 @@ def hessian_hat(
     *,
     sigma: float = 0.1,
 ) -> tuple[Float[Array, "batch features features"], dict[str, Array]]:
-    """The Hessian of the log-density by the Jacobian of r, and its curl.
-
-    (dr/dx - I) / sigma^2
+    """The Hessian of the log-density, (dr/dx - I) / sigma^2, and the curl of r.
 
     Args:
         reconstruct: r, `[rows, D]` to `[rows, D]`, trained with `sigma`.
@@ -289,75 +281,6 @@ def log_density_difference(
     return jnp.sum(0.5 * weights[:, None] * along, axis=0)
 
 
-@typed
-def mh_sample(
-    key: Key[Array, ""],
-    reconstruct: Callable[[Array], Array],
-    start: Float[ArrayLike, "batch features"],
-    *,
-    sigma: float = 0.1,
-    step_size: float = 0.5,
-    num_steps: int = 100,
-    num_points: int = 5,
-) -> tuple[Float[Array, "batch features"], dict[str, Array]]:
-    """Approximate Metropolis-Hastings, with nothing but a reconstruction.
-
-    y = x + step_size e;  x <- y with probability min(1, p(y)/p(x)), the ratio by
-    `log_density_difference`
-
-    Args:
-        key: of proposals and acceptances.
-        reconstruct: r, `[rows, D]` to `[rows, D]`, trained with `sigma`.
-        start: one chain per row, `[B, D]`.
-        sigma: of the noise that r was trained with, > 0.
-        step_size: standard deviation of proposals, > 0.
-        num_steps: >= 1.
-        num_points: on the line of each proposal, >= 1.
-
-    Returns:
-        `(x, aux)`: the last states, float32 `[B, D]`; aux holds "acceptance" `[B]`, and
-        "mean" `[D]` and "second_moment" `[D, D]` over chains and the second half of
-        the steps.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    Gradient: of the path that was taken; acceptances are constants.
-
-    >>> x, aux = mh_sample(jax.random.key(0), lambda x: 0.8 * x, jnp.zeros((500, 1)))
-    >>> float(jnp.std(x)) < 0.5
-    True
-    """
-    check_range("step_size", step_size, above=0.0)
-    check_range("num_steps", num_steps, low=1)
-    check_range("sigma", sigma, above=0.0)
-    check_range("num_points", num_points, low=1)
-    start = as_float32(start)
-
-    def step(x: Array, key: Array):
-        keys = jax.random.split(key)
-        y = x + step_size * jax.random.normal(keys[0], x.shape, x.dtype)
-        ratio = log_density_difference(
-            reconstruct, x, y, sigma=sigma, num_points=num_points
-        )
-        uniform = jax.random.uniform(keys[1], (len(x),), x.dtype)
-        accepted = jnp.log(uniform) < lax.stop_gradient(ratio)
-        x = jnp.where(accepted[:, None], y, x)
-        still = jnp.clip(lax.stop_gradient(x), -LARGEST, LARGEST)
-        moments = jnp.mean(still, axis=0), still.T @ still / len(x)
-        return x, (accepted, *moments)
-
-    x, (accepted, mean, second) = lax.scan(
-        step, start, jax.random.split(key, num_steps)
-    )
-    half = num_steps // 2
-    return x, {
-        "acceptance": jnp.mean(accepted.astype(x.dtype), axis=0),
-        "mean": jnp.mean(mean[half:], axis=0),
-        "second_moment": jnp.mean(second[half:], axis=0),
-    }
-
-
 def _square(x: Array) -> Array:
     return jnp.sum(jnp.square(jnp.clip(x, -LARGEST, LARGEST)), axis=-1)
 
@@ -375,12 +298,8 @@ def _shrink(x: Array) -> Array:
     return jnp.tanh(0.7 * x) + 0.1 * jnp.roll(x, 1, axis=1)
 
 
-def _example(key: Array):
-    return (_shrink, jax.random.normal(key, (8, 3)))
-
-
-def _noisy(key: Array):
-    return (jax.random.fold_in(key, 1), *_example(key))
+def _example(key: Array, count: int = 1):
+    return (_shrink, *jax.random.normal(key, (count, 8, 3)))
 
 
 def _covariance(key: Array):
@@ -388,17 +307,11 @@ def _covariance(key: Array):
     return (x @ x.T / 12.0,)
 
 
-def _pair(key: Array):
-    x, y = jax.random.normal(key, (2, 8, 3))
-    return _shrink, x, y
-
-
 EXAMPLES = {
-    dae_loss: lambda key: (_noisy(key), {"sigma": 0.3}),
+    dae_loss: lambda key: ((key, *_example(jax.random.key(1))), {"sigma": 0.3}),
     rcae_loss: lambda key: (_example(key), {"sigma": 0.3}),
     score_hat: lambda key: (_example(key), {"sigma": 0.5}),
     hessian_hat: lambda key: (_example(key), {"sigma": 0.5}),
     gaussian_reconstruction: lambda key: (_covariance(key), {"sigma": 0.3}),
-    log_density_difference: lambda key: (_pair(key), {"sigma": 0.5}),
-    mh_sample: lambda key: (_noisy(key), {"sigma": 0.5, "num_steps": 4}),
+    log_density_difference: lambda key: (_example(key, 2), {"sigma": 0.5}),
 }

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +43,7 @@ PAPER = {
 }
 
 __all__ = ["balance_loss", "m_step_gate", "sample_latents", "sample_trees"]
-__all__ += ["FlowPolicy", "Walk"]
+__all__ += ["Walk"]
 
 LARGEST = 1e15  # of a residual: its square, summed, stays in float32
 
@@ -86,10 +85,9 @@ def balance_loss(
     Raises:
         ValueError: a number is out of range.
 
-    >>> log_pf, flow = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[1.0, 0.0]])
-    >>> loss, aux = balance_loss(flow, log_pf, jnp.array([-2.0]))
-    >>> float(loss), float(balance_loss(flow, log_pf, jnp.array([-2.0]), decay=1.0)[0])
-    (2.604, 1.4687)
+    >>> args = jnp.array([[1.0, 0.0]]), jnp.log(jnp.ones((1, 2)) / 2), jnp.array([-2.0])
+    >>> [float(balance_loss(*args, decay=decay)[0]) for decay in (None, 1.0)]
+    [2.604, 1.4687]
     """
     check_range("temperature", temperature, above=0.0)
     log_flow, log_pf = as_float32(log_flow), as_float32(log_pf)
@@ -158,8 +156,8 @@ def sample_latents(
 
     Args:
         key: a typed key, consumed.
-        policy: `(x, state) -> (logits [B, D, V], log_flow [B])`, such as `FlowPolicy`;
-            the state `[B, D, V]` is one-hot, and 0 for what is still to come.
+        policy: `(x, state) -> (logits [B, D, V], log_flow [B])`, such as `FlowPolicy`
+            in `jaxzoo.nn`; the state `[B, D, V]` is one-hot, 0 for what is to come.
         x: data.
         num_latents: D.
         num_values: V of each latent.
@@ -171,9 +169,8 @@ def sample_latents(
     Raises:
         ValueError: a number is out of range.
 
-    >>> policy = lambda x, state: (jnp.zeros((1, 2, 2)), x[:, 0])
-    >>> args = jax.random.key(0), policy, jnp.ones((1, 1))
-    >>> walk = sample_latents(*args, num_latents=2)
+    >>> net = lambda x, state: (jnp.zeros((1, 2, 2)), x[:, 0])
+    >>> walk = sample_latents(jax.random.key(0), net, jnp.ones((1, 1)), num_latents=2)
     >>> walk.log_pf.tolist(), walk.log_flow.tolist()
     ([[-0.6931, -0.6931]], [[1.0, 1.0]])
     """
@@ -207,15 +204,15 @@ def sample_trees(
 
     A state is a row of roots, at first the words; action i K + A joins roots i and
     i + 1 under symbol A, the last under symbol 0. p(x, z) is the product over joins of
-    sum_{B, C} p(A -> B C) b_B c_C, where b is one-hot or, of a word, p(B -> word). The
-    flow is the policy's times the p of what is built so far, as in the released code.
+    sum_{B, C} p(A -> B C) b_B c_C, b one-hot or, of a word, p(B -> word). The flow is
+    the policy's times the p of what is built so far.
 
     Args:
         key: a typed key, consumed.
         policy: `roots [B, N] -> (logits [B, N - 1, K], log_flow [B])`; a root is a word
             in [0, V), V + its symbol, or V + K: none.
         grammar: logits of what a symbol becomes, `[K, K K + V]`: two symbols B K + C,
-            or a word. Words' own symbols are summed over, as in the released code.
+            or a word, whose own symbol is summed over, as in the released code.
         words: in [0, V), N >= 2.
         explore: probability of a uniform action, in [0, 1].
         actions: to be followed, `[B, N - 1]`.
@@ -257,8 +254,7 @@ def sample_trees(
         value = jax.nn.logsumexp(pairs, axis=(1, 2))[:, None]
         value = jnp.where(symbol[:, None] == symbols[None], value, -jnp.inf)
         # What is right of the pair moves up by one.
-        source = place[None] + (place[None] > at[:, None])
-        source = jnp.minimum(source, length - 1)
+        source = jnp.minimum(place[None] + (place[None] > at[:, None]), length - 1)
         roots = jnp.take_along_axis(roots, source, axis=1)
         roots = roots.at[:, -1].set(vocabulary + size)
         roots = roots.at[rows, at].set(vocabulary + symbol)
@@ -270,21 +266,6 @@ def sample_trees(
     start = (words.astype(jnp.int32), leaves)
     (_, inside), walk = _walk(key, start, (look, move), length - 1, explore, actions)
     return inside[:, 0, 0], walk
-
-
-class FlowPolicy(nn.Module):
-    """Logits of actions, in `shape`, and a log-flow, by dense layers of flat inputs."""
-
-    shape: tuple[int, int]  # (D, V) for latents, (N - 1, K) for trees
-    hidden: tuple[int, ...] = (64, 64)
-
-    @nn.compact
-    def __call__(self, *inputs: Array) -> tuple[Array, Array]:
-        y = jnp.concatenate([x.reshape(x.shape[0], -1) for x in inputs], axis=1)
-        for width in self.hidden:
-            y = nn.relu(nn.Dense(width)(y))
-        out = nn.Dense(math.prod(self.shape) + 1)(y)
-        return out[:, 1:].reshape(-1, *self.shape), out[:, 0]
 
 
 def _walk(key: Any, start: Any, env: Any, steps: int, explore: float, actions: Any):
@@ -314,13 +295,9 @@ def _walk(key: Any, start: Any, env: Any, steps: int, explore: float, actions: A
     return state, Walk(*(jnp.swapaxes(x, 0, 1) for x in walk))
 
 
-def _latent_policy(x: Array, state: Array) -> tuple[Array, Array]:
-    return jnp.sin(state + 2.0 * jnp.tanh(x)[:, :, None]), jnp.tanh(x[:, 0])
-
-
-def _tree_policy(roots: Array) -> tuple[Array, Array]:
-    pairs = jnp.sin(jnp.stack([roots[:, 1:], 3 * roots[:, :-1]], axis=2))
-    return pairs, jnp.sum(pairs, axis=(1, 2))
+def _policy(x: Array, state: Any = 0.0) -> tuple[Array, Array]:
+    logits = jnp.sin(jnp.stack([x[:, -3:], 3 * x[:, :3]], axis=2) + state)
+    return logits, jnp.sum(logits, axis=(1, 2))
 
 
 def _normal(key: Array, *shape: int) -> Array:
@@ -333,10 +310,9 @@ EXAMPLES = {
     ),
     m_step_gate: lambda key: ((jnp.ones(()), _normal(key, 8)), {"threshold": 1.0}),
     sample_latents: lambda key: (
-        (key, _latent_policy, _normal(key, 8, 3)), {"num_latents": 3, "explore": 0.1},
+        (key, _policy, _normal(key, 8, 3)), {"num_latents": 3, "explore": 0.1},
     ),
     sample_trees: lambda key: (
-        (key, _tree_policy, _normal(key, 2, 8), jax.random.randint(key, (8, 4), 0, 4)),
-        {"explore": 0.1},
+        (key, _policy, _normal(key, 2, 8), jnp.eye(8, 4, dtype=int)), {"explore": 0.1},
     ),
 }  # fmt: skip

@@ -33,6 +33,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
+from jaxzoo.nn.gamma_rejection import clip_shape, gamma_log_ratio
 
 PAPER = {
     "slug": "rsvi",
@@ -43,7 +44,7 @@ PAPER = {
     "authors": "Christian A. Naesseth, Francisco J. R. Ruiz, Scott W. Linderman, David "
     "M. Blei",
     "where": "Sections 3 (equations 4 to 8) and 4 (the gamma sampler of Marsaglia and "
-    "Tsang, shape augmentation, Dirichlets of gammas).",
+    "Tsang in jaxzoo.nn.gamma_rejection, shape augmentation, Dirichlets of gammas).",
     "differs": "Accepted e are found from a gamma sample by the inverse of h, as in "
     "the released code; gradients are by autodiff, where that has them by hand. Shapes "
     "are clipped to [1e-3, 1e6]. The entropy, which a variational bound adds, is left "
@@ -56,69 +57,10 @@ PAPER = {
 __all__ = [
     "beta_sample",
     "dirichlet_sample",
-    "gamma_h",
-    "gamma_log_ratio",
     "gamma_sample",
     "rsvi_expectation",
     "rsvi_grad",
 ]
-
-
-@typed
-def gamma_h(
-    eps: Float[ArrayLike, "*batch"], alpha: Float[ArrayLike, "*batch"]
-) -> Float[Array, "*batch"]:
-    """Marsaglia and Tsang's proposal for Gamma(alpha, 1).
-
-    h = (alpha - 1/3) (1 + eps / sqrt(9 alpha - 3))^3
-
-    Args:
-        eps: standard normal where it is a proposal, `[...]`; above -sqrt(9 alpha - 3),
-            below which all samples are rejected.
-        alpha: shape, >= 1, `[...]`, clipped to [1, 1e6].
-
-    Returns:
-        float32 `[...]`.
-
-    >>> gamma_h(jnp.array([0.0, 1.0]), jnp.array([4.0, 4.0])).round(4).tolist()
-    [3.6667, 5.9342]
-    """
-    eps, alpha = as_float32(eps), _shape(alpha)
-    return (alpha - 1.0 / 3.0) * (1.0 + _offset(eps, alpha)) ** 3
-
-
-@typed
-def gamma_log_ratio(
-    eps: Float[ArrayLike, "*batch"], alpha: Float[ArrayLike, "*batch"]
-) -> Float[Array, "*batch"]:
-    """log q(h) / r(h), of Gamma(alpha, 1) and what proposals are distributed by.
-
-    log q(h(eps, alpha); alpha) + log |dh/deps| - log N(eps; 0, 1)
-
-    Args:
-        eps: of the proposal, `[...]`.
-        alpha: shape, >= 1, `[...]`, clipped to [1, 1e6].
-
-    Returns:
-        float32 `[...]`, in nats; its derivative by `alpha` with `eps` held fixed is
-        what the correction has. At most log(1 / acceptance), 0.05 for alpha = 1.
-
-    >>> eps, alpha = jnp.zeros(2), jnp.array([1.0, 100.0])
-    >>> gamma_log_ratio(eps, alpha).round(4).tolist()
-    [0.0495, 0.0003]
-    """
-    eps, alpha = as_float32(eps), _shape(alpha)
-    # With d = alpha - 1/3 and h = d (1 + x)^3 the terms that are large cancel. Left are
-    # log s(eps) = 3 d (log(1 + x) - x + x^2 / 2 - x^3 / 3) and log(1 / acceptance).
-    x = _offset(eps, alpha)
-    is_small = jnp.abs(x) < 0.6
-    near, far = jnp.where(is_small, x, 0.0), jnp.where(is_small, 1.0, x)
-    tail = jnp.zeros_like(x)
-    for n in range(40, 3, -1):
-        tail = (-1.0) ** (n + 1) / n + near * tail
-    rest = jnp.log1p(far) - far + far**2 / 2.0 - far**3 / 3.0
-    log_s = 3.0 * (alpha - 1.0 / 3.0) * jnp.where(is_small, near**4 * tail, rest)
-    return log_s + _log_inverse_acceptance(alpha)
 
 
 @typed
@@ -159,12 +101,14 @@ def gamma_sample(
     alpha = jnp.clip(as_float32(alpha), 1e-3, 1e6)
     keys = jax.random.split(key)
     size = (num_samples, *alpha.shape)
-    lifted = _shape(jnp.broadcast_to(alpha[None] + boost, size))
+    lifted = clip_shape(jnp.broadcast_to(alpha[None] + boost, size))
     still = lax.stop_gradient(lifted)
     # What an accepted e was, by the sample that it gave.
     cube = jax.random.gamma(keys[0], still, dtype=still.dtype) / (still - 1.0 / 3.0)
     eps = lax.stop_gradient(jnp.sqrt(9.0 * still - 3.0) * (jnp.cbrt(cube) - 1.0))
-    log_z = jnp.log(lifted - 1.0 / 3.0) + 3.0 * jnp.log1p(_offset(eps, lifted))
+    # log h, as by gamma_h, but with no power that rounds.
+    offset = jnp.clip(eps * lax.rsqrt(9.0 * lifted - 3.0), 1e-6 - 1.0, 1e4)
+    log_z = jnp.log(lifted - 1.0 / 3.0) + 3.0 * jnp.log1p(offset)
     if boost:
         tiny = jnp.finfo(still.dtype).tiny
         u = jax.random.uniform(keys[1], (boost, *size), still.dtype, tiny, 1.0)
@@ -347,61 +291,20 @@ def _check_boost(alpha: ArrayLike, boost: int) -> None:
             )
 
 
-def _shape(alpha: ArrayLike) -> Array:
-    return jnp.clip(as_float32(alpha), 1.0, 1.1e6)
-
-
-def _offset(eps: Array, alpha: Array) -> Array:
-    """x of h = (alpha - 1/3) (1 + x)^3."""
-    return jnp.clip(eps * lax.rsqrt(9.0 * alpha - 3.0), 1e-6 - 1.0, 1e4)
-
-
-def _log_inverse_acceptance(alpha: Array) -> Array:
-    """(alpha - 1/2) log d - d - gammaln(alpha) + log(2 pi) / 2, d = alpha - 1/3.
-
-    By Binet's function, gammaln less Stirling's formula, and series: nothing cancels.
-    """
-    w = 1.0 / (2.0 * jnp.stack([alpha + i for i in range(6)]) + 1.0)
-    steps = jnp.zeros_like(w)  # of Binet's function: arctanh(w) / w - 1
-    for n in range(25, 1, -2):
-        steps = jnp.square(w) * (1.0 / n + steps)
-    y = 1.0 / (alpha + 6.0)
-    binet = jnp.sum(steps, axis=0) + y / 12.0 - y**3 / 360.0 + y**5 / 1260.0
-    y = 1.0 / (3.0 * alpha)
-    tail = jnp.zeros_like(y)  # (y + log(1 - y)) / y
-    for n in range(30, 1, -1):
-        tail = y * (tail - 1.0 / n)
-    return tail / 3.0 - 0.5 * jnp.log1p(-y) - binet
-
-
-def _pair(key: Array):
-    keys = jax.random.split(key)
-    alpha = jax.random.uniform(keys[1], (8,), minval=1.5, maxval=6.0)
-    return jax.random.normal(keys[0], (8,)), alpha
-
-
 def _draw(key: Array):
-    return jax.random.fold_in(key, 1), _pair(key)[1]
+    alpha = jax.random.uniform(key, (8,), minval=1.5, maxval=6.0)
+    return jax.random.fold_in(key, 1), alpha
 
 
-def _values(key: Array):
-    x, y = jax.random.normal(key, (2, 4, 8))
-    return x, y
-
-
-def _squares(z: Array) -> Array:
-    return jnp.sum(jnp.square(z))
+def _squares(key: Array):
+    new, alpha = _draw(key)
+    return new, lambda z: jnp.sum(jnp.square(z)), alpha, 1, 4
 
 
 EXAMPLES = {
-    gamma_h: lambda key: (_pair(key), {}),
-    gamma_log_ratio: lambda key: (_pair(key), {}),
     gamma_sample: lambda key: (_draw(key), {"num_samples": 3}),
     dirichlet_sample: lambda key: (_draw(key), {"num_samples": 3}),
-    beta_sample: lambda key: ((*_draw(key), _pair(key)[1]), {"num_samples": 3}),
-    rsvi_expectation: lambda key: (_values(key), {}),
-    rsvi_grad: lambda key: (
-        (jax.random.fold_in(key, 1), _squares, _pair(key)[1], 1, 4),
-        {},
-    ),
+    beta_sample: lambda key: ((*_draw(key), _draw(key)[1] + 1.0), {"num_samples": 3}),
+    rsvi_expectation: lambda key: ((*jax.random.normal(key, (2, 4, 8)),), {}),
+    rsvi_grad: lambda key: (_squares(key), {}),
 }

@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
-from jaxzoo.core.collectives import Side, pair_log_sums, pair_sum
+from jaxzoo.core.collectives import Side, pair_sum
+from jaxzoo.nn.pair_log_sums import pair_log_sums
 
 ROWS: Any = P("d")
 A, B = np.random.default_rng(0).normal(size=(2, 16, 3)).astype(np.float32)

@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose
 
 from jaxzoo.vae.bbvi_gradvar import (
     abc_fit,
-    location_scale,
     second_moment_bounds,
     second_moment_estimate,
     second_moment_quadratic,
@@ -181,17 +180,6 @@ def test_the_gradient_of_the_objective_vanishes_at_the_best_scale():
         *as_arrays(precision, 0 * offset, np.diag(precision) ** -0.5), **knobs
     )
     assert aux["gradient_squared"] < 1e-8
-
-
-def test_draws_have_the_mean_and_the_covariance():
-    _, location, diagonal, lower = as_arrays(*problem(3))
-    u = jax.random.normal(jax.random.key(1), (100_000, 3))
-    z = location_scale(u, location, diagonal, lower, conditioner="softplus")
-    scale = np.diag(np.log1p(np.exp(diagonal))) + np.tril(lower, -1)
-    assert_allclose(np.mean(z, axis=0), location, atol=0.03)
-    assert_allclose(np.cov(z.T), scale @ scale.T, atol=0.08)
-    one = location_scale(u[0], location, diagonal, lower, conditioner="softplus")
-    assert_allclose(one, scale @ u[0] + location, rtol=1e-5)
 
 
 def test_abc_fit_finds_what_it_was_made_of_and_bounds_the_rest():

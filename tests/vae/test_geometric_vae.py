@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from jaxzoo.core.mcmc import hmc
 from jaxzoo.vae.geometric_vae import (
     bandwidth,
-    choose_centroids,
     curve_energy,
     geodesic,
     latent_metric,
     log_volume,
-    sample_uniform,
 )
 
 RNG = np.random.default_rng(0)
@@ -61,23 +60,6 @@ def test_bandwidth_is_the_loneliest_centroids_distance():
     assert_allclose(bandwidth(1e30 * CENTROIDS), 1e30 * distance.min(1).max(), 1e-6)
 
 
-def test_medoids_are_the_most_central_members_of_their_clusters():
-    mean = RNG.normal(size=(40, 3)).astype(np.float32)
-    distance = np.linalg.norm(mean[:, None] - mean[None], axis=2).astype(np.float64)
-    for count in (1, 2, 7):
-        found = np.asarray(choose_centroids(mean, num_centroids=count))
-        assert len(set(found.tolist())) == count
-        belongs = distance[:, found].argmin(1)
-        for k, medoid in enumerate(found):
-            members = np.flatnonzero(belongs == k)
-            inside = distance[np.ix_(members, members)].sum(1)
-            own = inside[members.tolist().index(medoid)]
-            assert own <= inside.min() + 1e-6
-        start = distance.sum(1).argsort()[:count]
-        spread = distance[:, found].min(1).sum()
-        assert spread <= distance[:, start].min(1).sum() + 1e-6
-
-
 def test_chains_have_the_moments_of_the_density():
     """In one dimension, against quadrature; two unequal centroids, a heavy floor."""
     centroids, log_std = np.array([[-1.0], [1.5]]), np.log([[0.6], [0.9]])
@@ -87,10 +69,13 @@ def test_chains_have_the_moments_of_the_density():
     weight = precision * np.exp(-precision * (grid - centroids) ** 2 / 1.2**2)
     density = np.sqrt(weight.sum(0) + 0.2 * np.exp(-0.3 * grid**2))
     density /= density.sum()
-    z, aux = sample_uniform(
-        jax.random.key(0), jnp.zeros((4000, 1)), jnp.asarray(centroids, jnp.float32),
-        jnp.asarray(log_std, jnp.float32), **knobs, num_steps=60, step_size=0.2,
-    )  # fmt: skip
+    chart = [jnp.asarray(rows, jnp.float32) for rows in (centroids, log_std)]
+
+    def density_of(z):
+        return log_volume(z, *chart, **knobs)
+
+    start = jnp.zeros((4000, 1))
+    z, aux = hmc(jax.random.key(0), density_of, start, num_steps=60, step_size=0.2)
     z = np.asarray(z)[:, 0]
     for power in (1, 2, 4):
         exact = (density * grid**power).sum()
@@ -98,11 +83,8 @@ def test_chains_have_the_moments_of_the_density():
         assert abs((z**power).mean() - exact) < 4 * error, power
     assert float(aux["acceptance"].mean()) > 0.9
     # Coarse steps are refused more often, and do not bias.
-    z, aux = sample_uniform(
-        jax.random.key(1), jnp.zeros((4000, 1)), jnp.asarray(centroids, jnp.float32),
-        jnp.asarray(log_std, jnp.float32), **knobs, num_steps=60, num_leapfrog=2,
-        step_size=1.6,
-    )  # fmt: skip
+    coarse = {"num_steps": 60, "num_leapfrog": 2, "step_size": 1.6}
+    z, aux = hmc(jax.random.key(1), density_of, start, **coarse)
     z = np.asarray(z)[:, 0]
     assert 0.2 < float(aux["acceptance"].mean()) < 0.97
     exact = (density * grid**2).sum()
@@ -130,8 +112,14 @@ def test_curves_bend_towards_the_data_or_away_from_it():
     centroids = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     log_std = np.full_like(centroids, np.log(0.5))
     ends = centroids[:1], centroids[-1:]
-    knobs: dict[str, Any] = {"rho": 0.6, "num_steps": 300, "num_points": 13}
-    curve, aux = geodesic(*ends, centroids, log_std, **knobs)
+
+    def geodesic_by(metric):
+        def energy(curve):
+            return curve_energy(curve, centroids, log_std, rho=0.6, metric=metric)
+
+        return geodesic(energy, *ends, num_steps=300, num_points=13)
+
+    curve, aux = geodesic_by("inverse")
     assert_allclose(curve[:, [0, -1]], np.stack([*ends], axis=1), atol=1e-6)
     assert float(aux["energy"][0]) < 0.6 * float(aux["straight_energy"][0])
     # The symmetric straight line is a saddle sideways only: up is downhill.
@@ -139,7 +127,7 @@ def test_curves_bend_towards_the_data_or_away_from_it():
     assert_allclose(
         aux["energy"], curve_energy(curve, centroids, log_std, rho=0.6), rtol=1e-4
     )
-    around, aux = geodesic(*ends, centroids, log_std, **knobs, metric="latent")
+    around, aux = geodesic_by("latent")
     assert float(aux["energy"][0]) <= float(aux["straight_energy"][0])
     assert float(around[0, 6, 1]) < 0.1
 
@@ -148,5 +136,3 @@ def test_bad_numbers_are_named():
     for name, value in (("rho", 0.0), ("regularizer", 0.0), ("tau", -1.0)):
         with pytest.raises(ValueError, match=f"'{name}'"):
             log_volume(Z, CENTROIDS, LOG_STD, **{**KNOBS, name: value})
-    with pytest.raises(ValueError, match="'num_centroids'"):
-        choose_centroids(CENTROIDS, num_centroids=6)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from jaxzoo.nn.flow_policy import FlowPolicy
 from jaxzoo.vae.gflownet_em import (
-    FlowPolicy,
     balance_loss,
     m_step_gate,
     sample_latents,
