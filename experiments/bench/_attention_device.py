@@ -38,6 +38,7 @@ KERNELS = {"out": "forward", "dq": "backward", "dkv": "backward"}  # of `BLOCKS`
 TRIED = Call(1, 8192, 16, 128)  # with which blocks are tried
 
 Blocks = dict[str, dict[int, tuple[int, int]]]
+Found = dict[str, dict[str, dict[str, Any]]]  # by implementation and case
 
 
 class Target(NamedTuple):
@@ -79,14 +80,9 @@ def gpu() -> Target:
 
 
 def measure(
-    config: Any,
-    run: Run,
-    target: Target,
-    *,
-    cases: Mapping[str, Call] = CHECKS,
-    workloads: Sequence[Workload] = WORKLOADS,
-    tried: Call = TRIED,
-) -> Report:
+    config: Any, run: Run, target: Target, *, cases: Mapping[str, Call] = CHECKS,
+    workloads: Sequence[Workload] = WORKLOADS, tried: Call = TRIED,
+) -> Report:  # fmt: skip
     """Everything that --device does.
 
     Args:
@@ -105,11 +101,8 @@ def measure(
         )
     checks = check(target, cases)
     copy, matmul = timing.copy_rate(clock), timing.matmul_rate(clock)
-    metrics: dict[str, float] = {
-        "copy/TB_s": copy / 1e12,
-        "matmul/TFLOP_s": matmul / 1e12,
-        "dispatch/us": 1e6 * timing.dispatch(clock),
-    }
+    metrics = {"copy/TB_s": copy / 1e12, "matmul/TFLOP_s": matmul / 1e12}
+    metrics["dispatch/us"] = 1e6 * timing.dispatch(clock)
     run.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     blocks, tries = sweep(target, config, tried)
     run.say(f"BLOCKS = {pprint.pformat(blocks)}")
@@ -160,9 +153,7 @@ def measure(
     return Report(claims, metrics, [])
 
 
-def check(
-    target: Target, cases: Mapping[str, Call]
-) -> dict[str, dict[str, dict[str, Any]]]:
+def check(target: Target, cases: Mapping[str, Call]) -> Found:
     """How far ours and XLA are from the definition, by implementation and case."""
     names = [n for n in dict.fromkeys((target.own, "xla")) if n in IMPLEMENTATIONS]
     given = {case: inputs(call) for case, call in cases.items()}
@@ -172,7 +163,7 @@ def check(
         for name in (*names, "ref")
     }
     programs, reasons = timing.compiled(jobs, memory=target.memory)
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    found: Found = {name: {} for name in names}
     for case, call in cases.items():
         for name in names:
             try:
@@ -276,13 +267,11 @@ def _output_and_gradients(call: Call, name: str) -> Callable[..., list[jax.Array
     def both(arrays: Any, beside: dict[str, Any]) -> list[jax.Array]:
         q, k, v, d_out = arrays
         sinks = {n: x for n, x in beside.items() if n == "sinks"}
-        out, pull = jax.vjp(
-            lambda q, k, v, sinks: function(q, k, v, {**beside, **sinks}),
-            q,
-            k,
-            v,
-            sinks,
-        )
+
+        def attend(q: Any, k: Any, v: Any, sinks: Any) -> jax.Array:
+            return function(q, k, v, {**beside, **sinks})
+
+        out, pull = jax.vjp(attend, q, k, v, sinks)
         return jax.tree.leaves((out, pull(d_out)))
 
     return both

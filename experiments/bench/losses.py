@@ -31,7 +31,7 @@ import numpy as np
 
 from experiments.bench import _timing as timing
 from experiments.ssl import _ring
-from jaxzoo.ssl.contrastive_sufficiency import info_nce
+from jaxzoo.nn.contrastive import info_nce
 from jaxzoo.ssl.siglip import siglip_loss
 from jaxzoo.ssl.vicreg import vicreg_loss
 from jaxzoo.training.command import experiment

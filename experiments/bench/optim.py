@@ -43,7 +43,8 @@ from experiments.bench import _timing as timing
 from experiments.optim.compare import optimizers
 from jaxzoo.distributed.dgc import dgc
 from jaxzoo.distributed.one_bit_adam import one_bit_adam
-from jaxzoo.optim.blockwise_8bit_optim import adam8bit, quantize_blockwise
+from jaxzoo.nn.blockwise_quantization import quantize_blockwise
+from jaxzoo.optim.blockwise_8bit_optim import adam8bit
 from jaxzoo.training.command import experiment
 from jaxzoo.training.record import Claim, Report, Run
 

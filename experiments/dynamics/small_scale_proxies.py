@@ -24,6 +24,7 @@ import optax
 from jax import lax
 from scipy.stats import spearmanr
 
+from experiments.dynamics._small_scale_proxies_pictures import picture
 from jaxzoo.data.text import moby_dick
 from jaxzoo.dynamics.small_scale_proxies import (
     extrapolate,
@@ -36,8 +37,7 @@ from jaxzoo.dynamics.small_scale_proxies import (
 from jaxzoo.nn.language_model import LanguageModel, next_token_loss
 from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import COLORS, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 
 
@@ -230,37 +230,6 @@ def predicted(config: Config, found: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(ahead), np.exp(logs[-1])
 
 
-def picture(config: Config, run: Run, found: Any, ahead: np.ndarray) -> list[Figure]:
-    rates = np.asarray(grid(config))
-    figure, axes = panels(2)
-    names = ["plain", "z-loss", "qk-norm, plain", "qk-norm, z-loss"]
-    names += ["qk-norm, z-loss, muParam"] if config.mu_param else []
-    for color, name in zip(COLORS, names, strict=False):
-        for ax, kind in zip(axes, ("loss", "max_logit"), strict=True):
-            y = found[name][kind]
-            spread = y.std(axis=0, ddof=1) / len(y) ** 0.5
-            ax.errorbar(
-                rates, y.mean(0), spread, color=color, label=name, marker="o", ms=4,
-                capsize=3,
-            )  # fmt: skip
-    axes[1].plot(rates, ahead, color="0.4", ls="--", label="plain, predicted")
-    axes[0].axhline(
-        found["plain"]["loss/before"].mean(), color="0.5", lw=0.8, label="untrained"
-    )
-    axes[0].set(ylabel="held-out loss (nats a byte)")
-    axes[1].set(ylabel="largest attention logit", yscale="log")
-    for ax in axes:
-        ax.set(xlabel="learning rate", xscale="log")
-    axes[1].legend(frameon=False, fontsize=8)
-    return [
-        run.figure(
-            "sensitivity", figure, title="Sensitivity to the learning rate",
-            caption=f"After {config.steps} steps, mean and standard error over "
-            f"{config.seeds} seeds; dashed, the logits that smaller widths predict.",
-        )
-    ]  # fmt: skip
-
-
 def main(config: Config, run: Run) -> Report:
     found = everything(config)
     rates = np.asarray(grid(config))
@@ -337,7 +306,7 @@ def main(config: Config, run: Run) -> Report:
          "largest logit"),
         rows,
     )  # fmt: skip
-    return Report(claims, metrics, picture(config, run, found, ahead))
+    return Report(claims, metrics, picture(config, run, found, rates, ahead))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxzoo.lm.attention_io_complexity import (
-    flash_attention,
-    naive_attention,
-    small_cache_attention,
-    sweep,
-)
+from jaxzoo.lm.attention_io_complexity import small_cache_attention, sweep
+from jaxzoo.nn.counted_attention import flash_attention, naive_attention
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run

@@ -28,10 +28,10 @@ from jaxzoo.lm.fastgen import (
     POLICIES,
     PUNCTUATION,
     SPECIAL,
-    cache_bytes,
     decode_step,
     prefill,
 )
+from jaxzoo.nn.head_cache import cache_bytes
 from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.transformer import Transformer
 from jaxzoo.training.command import experiment
@@ -288,13 +288,11 @@ def main(config: Config, run: Run) -> Report:
         enough[:, -1] = True
         pick = (np.arange(config.seeds), np.argmax(enough, axis=1))
         more = fixed["loss"][:, i][pick] - loss
-        claims.append(
-            Claim(
-                f"{name} on all heads, with as many entries or more: its loss less "
-                f"that of {at}, nats a byte",
-                float(more.mean()), ">= 0", bool(more.mean() >= 0), stderr(more),
-            )
-        )  # fmt: skip
+        claims += [Claim(
+            f"{name} on all heads, with as many entries or more: its loss less that of "
+            f"{at}, nats a byte",
+            float(more.mean()), ">= 0", bool(more.mean() >= 0), stderr(more),
+        )]  # fmt: skip
         share = 100 * fixed["entries"][:, i][pick]
         rows.append((name, f"{share.mean():.1f}", f"{(loss + more).mean():.4f}"))
     run.table(
@@ -312,10 +310,9 @@ def main(config: Config, run: Run) -> Report:
         for j, ratio in enumerate(config.ratios)
         for kind in ("loss", "entries")
     }
-    for layer in range(config.depth):
-        for policy in range(5):
-            share = np.mean(adaptive["policy"][:, index, layer] == policy)
-            metrics[f"layer {layer + 1}/{POLICIES[policy]}"] = float(share)
+    for layer, policy in np.ndindex(config.depth, 5):
+        share = np.mean(adaptive["policy"][:, index, layer] == policy)
+        metrics[f"layer {layer + 1}/{POLICIES[policy]}"] = float(share)
     return Report(claims, metrics, [picture(config, run, results)])
 
 

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxzoo.lm.fusemax import (
+from jaxzoo.lm.fusemax import attention_cascade
+from jaxzoo.nn.cascade_cost import (
     Accelerator,
     Binding,
     Cost,
-    attention_cascade,
-    execute,
     mapping_cost,
     pass_count,
 )
+from jaxzoo.nn.einsum_cascade import execute
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run

@@ -41,14 +41,14 @@ import optax
 import optax.contrib
 from jax import lax
 
+from experiments.lm._pretrain_pictures import picture
 from jaxzoo.data.text import moby_dick
 from jaxzoo.nn.language_model import LanguageModel, next_token_loss
 from jaxzoo.nn.transformer import Transformer, partition_spec
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
-from jaxzoo.training.plots import COLORS, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.step import init_state, update_step
 
 EIGHT = "data=2,fsdp=2,tensor=2"
@@ -227,30 +227,6 @@ def over_eight_devices() -> float:
     one, eight = bits
     names = ("bits per byte/training", "bits per byte/held out")
     return max(abs(eight[name] / one[name] - 1) for name in names)
-
-
-def picture(
-    run: Run, looks: list[tuple[float, float]], goals: dict[str, float]
-) -> Figure:
-    history = run.history("model")
-    figure, axes = panels(2, width=5.2)
-    axes[0].plot(
-        history["step"], history["bits per byte"], color=COLORS[5], label="training"
-    )
-    steps, minutes, bits = np.array(looks).T
-    axes[0].plot(steps, bits, "o-", ms=4, color=COLORS[0], label="validation")
-    axes[1].plot(minutes, bits, "o-", ms=4, color=COLORS[0], label="validation")
-    for ax, x in zip(axes, ("training steps", "minutes"), strict=True):
-        for i, (name, value) in enumerate(goals.items()):
-            ax.axhline(value, color=COLORS[i + 1], ls="--", lw=1, label=name)
-        ax.set(xlabel=x, ylabel="bits per byte", ylim=(None, min(6.0, max(bits) + 0.2)))
-        ax.legend(frameon=False, fontsize=8)
-    return run.figure(
-        "pretrain", figure, title="Bits per byte of a novel",
-        caption="Training: means over 50 steps. Validation: text that is not trained "
-        "on, of which each byte is told at least half a window before. Minutes are "
-        "those of training, without validation.",
-    )  # fmt: skip
 
 
 def main(config: Config, run: Run) -> Report:

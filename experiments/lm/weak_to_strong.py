@@ -25,10 +25,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments.lm._weak_to_strong_features import contrastive, semantic
 from jaxzoo.data.digits import flat_digits
-from jaxzoo.data.text import moby_dick, state_of_the_union
 from jaxzoo.lm.weak_to_strong import agreement, conf_loss, confidence_weight, pgr
-from jaxzoo.nn.mlp import MLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
@@ -168,42 +167,6 @@ def standard(parts: Any) -> Any:
     return [(x - mean[None]) / (std[None] + 1e-3) for x in parts]
 
 
-def contrastive(config: Config, key: Any, images: jax.Array) -> tuple[MLP, Any]:
-    """An encoder that knows two views of a digit from those of others (SimCLR)."""
-    keys = jax.random.split(key, 3)
-    body = MLP((config.width, config.width), jax.nn.relu)
-    head = MLP((config.width, 64), jax.nn.relu)
-    first, second = jnp.zeros((1, 64)), jnp.zeros((1, config.width))
-    params = (body.init(keys[0], first), head.init(keys[1], second))
-    count = config.batch_size
-
-    def moved(image: jax.Array, at: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(jnp.pad(image, 1), (at[0], at[1]), (8, 8)).ravel()
-
-    def loss(params: Any, key: jax.Array) -> jax.Array:
-        keys = jax.random.split(key, 3)
-        x = images[jax.random.randint(keys[0], (count,), 0, len(images))]
-        x = jnp.concatenate([x, x]).reshape(-1, 8, 8)
-        x = jax.vmap(moved)(x, jax.random.randint(keys[1], (2 * count, 2), 0, 3))
-        x += 0.15 * jax.random.normal(keys[2], x.shape)
-        hidden: Any = body.apply(params[0], x)
-        z: Any = head.apply(params[1], jax.nn.relu(hidden))
-        z = z / (jnp.linalg.norm(z, axis=1, keepdims=True) + 1e-6)
-        logits = z[:count] @ z[count:].T / 0.2
-        losses = optax.softmax_cross_entropy_with_integer_labels
-        return jnp.mean(losses(logits, jnp.arange(count)))
-
-    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, config.pretraining))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    each = jax.random.split(keys[2], config.pretraining)
-    return body, lax.scan(step, (params, optimizer.init(params)), each)[0][0][0]
-
-
 def of_digits(config: Config) -> Any:
     (image, label), (test, test_label) = jax.tree.map(jnp.asarray, flat_digits())
     odd, test_odd = label % 2, test_label % 2
@@ -222,23 +185,7 @@ def of_digits(config: Config) -> Any:
 
 
 def of_text(config: Config) -> Any:
-    """Latent semantic analysis of pairs of bytes is what stands in for pretraining."""
-    books = [f(window=config.window) for f in (moby_dick, state_of_the_union)]
-
-    def half(split: str) -> np.ndarray:
-        parts = [b.split(split).arrays["token"].astype(int) for b in books]
-        return np.concatenate([x[:: max(1, len(x) // config.texts)] for x in parts])
-
-    def counts(token: np.ndarray, kinds: int) -> np.ndarray:
-        return np.stack([np.bincount(row % kinds, minlength=kinds) for row in token])
-
-    tokens = [half("train"), half("test")]
-    pairs = [np.log1p(counts(131 * t[:, :-1] + t[:, 1:], 1021)) for t in tokens]
-    pairs = [x / (0.05 + (pairs[0] > 0).mean(0)) ** 0.5 for x in pairs]
-    axes = np.linalg.eigh(pairs[0].T @ pairs[0])[1][:, -config.width :]
-    strong, far = (jnp.asarray((x @ axes).astype(np.float32)) for x in pairs)
-    raw, far_raw = (jnp.asarray(counts(t, 256) / 1.0, jnp.float32) for t in tokens)
-    y, far_y = (jnp.asarray(np.arange(len(t)) >= len(t) / 2, jnp.int32) for t in tokens)
+    (raw, strong, y), (far_raw, far, far_y) = semantic(config)
 
     def one(key: jax.Array) -> Any:
         keys = jax.random.split(key)

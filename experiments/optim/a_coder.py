@@ -32,10 +32,10 @@ from jax import lax
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import lars_path_gram
 
+from experiments.optim._a_coder_pictures import pictures
 from jaxzoo.optim.a_coder import a_coder
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import COLORS, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 
 
@@ -258,58 +258,6 @@ def claims_of(config: Config, real: Any, made: Any, nets: Any) -> list[Claim]:
     return claims
 
 
-def thin(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
-    """At most 400 points, evenly spread over the logarithm of the passes."""
-    last = len(trace.gap) - 1
-    at = np.unique(np.geomspace(1, last + 1, 400).astype(int)) - 1
-    return trace.passes[at], np.maximum(trace.gap[at], 1e-14)
-
-
-def pictures(config: Config, run: Run, real: Any, made: Any, nets: Any) -> list[Figure]:
-    figure, axes = panels(3, width=4.6)
-    for color, (name, (ours, theirs)) in zip(COLORS, real.items(), strict=False):
-        for trace, style, who in ((ours, "-", "A-CODER"), (theirs, ":", "CD")):
-            axes[0].loglog(*thin(trace), style, color=color, label=f"{who}, {name}")
-    k = np.array([10.0, 2.0 * config.cycles])
-    axes[0].loglog(k, 3.0 / k**2, color="gray", lw=0.8, label="slope -2")
-    axes[0].set(
-        xlabel="passes over the coordinates", ylabel="optimality gap, L1", ylim=1e-12
-    )
-    condition = np.array([config.columns / (1 - c) for c in config.correlations])
-    for color, name, index in zip(COLORS, ("A-CODER", "CD"), (0, 1), strict=False):
-        values = np.array([
-            [passes_to(pair[index], config.tolerance)[0] for pair in made[c]]
-            for c in config.correlations
-        ])  # fmt: skip
-        axes[1].errorbar(
-            condition, values.mean(axis=1), [stderr(v) for v in values], color=color,
-            marker="o", ms=4, capsize=3, label=name,
-        )  # fmt: skip
-    axes[1].set(
-        xscale="log", yscale="log", xlabel="condition number, about",
-        ylabel=f"passes to a gap of {config.tolerance:g}",
-    )  # fmt: skip
-    for color, (name, (ours, _)) in zip(COLORS, nets.items(), strict=False):
-        cycle = np.arange(1, len(ours.gap) + 1)
-        fall = np.log1p((0.4 * config.l2 / ours.lipschitz) ** 0.5)
-        axes[2].semilogy(cycle, np.maximum(ours.gap, 1e-14), color=color, label=name)
-        axes[2].semilogy(
-            cycle, np.exp(-fall * cycle), ":", color=color, label="its theory"
-        )
-    axes[2].set(xlabel="cycle", ylabel="optimality gap, elastic net", ylim=1e-12)
-    for ax in axes:
-        ax.legend(frameon=False, fontsize=7)
-    return [
-        run.figure(
-            "a_coder", figure, title="Acceleration of cyclic coordinates",
-            caption="Left: L1-regularised least squares by A-CODER and by cyclic "
-            "coordinate descent (CD). Middle: synthetic problems, mean and standard "
-            f"error over {config.seeds} seeds. Right: elastic nets, and what the "
-            "theory promises at the L that was found.",
-        )
-    ]  # fmt: skip
-
-
 def main(config: Config, run: Run) -> Report:
     with jax.enable_x64(True):
         tables = {
@@ -353,7 +301,12 @@ def main(config: Config, run: Run) -> Report:
         rows,
     )
     claims = claims_of(config, real, made, nets)
-    return Report(claims, metrics, pictures(config, run, real, made, nets))
+    passes = [
+        [[passes_to(pair[i], config.tolerance)[0] for pair in made[c]] for i in (0, 1)]
+        for c in config.correlations
+    ]
+    figures = pictures(config, run, real, np.array(passes), nets)
+    return Report(claims, metrics, figures)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ import numpy as np
 import optax
 
 from experiments.optim._tasks import byte_lm, digits_mlp, fit
-from jaxzoo.optim.blockwise_8bit_optim import (
-    adam8bit,
-    dequantize_blockwise,
-    quantize_blockwise,
-)
+from jaxzoo.nn.blockwise_quantization import dequantize_blockwise, quantize_blockwise
+from jaxzoo.optim.blockwise_8bit_optim import adam8bit
 from jaxzoo.training.command import experiment
 from jaxzoo.training.plots import COLORS, curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run

@@ -28,11 +28,13 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from experiments.optim._lion_pictures import pictures
 from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, fit
-from jaxzoo.optim.lion import LION, Program, evolve, lion, run_program, simplify
+from jaxzoo.nn.program_evolution import evolve
+from jaxzoo.nn.update_programs import LION, Program, run_program, simplify
+from jaxzoo.optim.lion import lion
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import COLORS, curves, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 
 SGD = Program.parse("update = multiply(g, lr)")
@@ -244,39 +246,6 @@ def compare(config: Config, rules: dict[str, Program]) -> dict[str, np.ndarray]:
     chosen = np.where(np.isfinite(chosen), chosen, np.inf).mean(axis=2)
     at = chosen.argmin(axis=1)
     return {name: final[i, at[i]] for i, name in enumerate(rules)}
-
-
-def pictures(
-    config: Config, run: Run, lm: dict[str, Any], aux: Any, losses: dict[str, Any]
-) -> list[Figure]:
-    figure, axes = panels(3, width=4.4)
-    series, seeds = {}, config.seeds
-    for (name, factor), at in zip(
-        (("AdamW", 1.0), ("Lion", 0.2)), lm["at"], strict=True
-    ):
-        history = run.history(f"lm_{name.lower()}")
-        columns = slice(at * seeds, (at + 1) * seeds)
-        label = f"{name}, lr {factor * config.rates[at]:g}"
-        series[label] = (history["step"], history["loss"][:, columns])
-    curves(axes[0], series, xlabel="step", ylabel="training loss (nats per byte)")
-    born = np.arange(1, config.children + 1)
-    found = {"best program so far": (born, aux["best"].T)}
-    curves(axes[1], found, xlabel="children", ylabel="validation loss (nats)")
-    names, height = list(losses), [v.mean() for v in losses.values()]
-    axes[2].bar(
-        names, height, yerr=[stderr(v) for v in losses.values()], capsize=3,
-        color=[COLORS[0 if n in ("SGD", "AdamW", "Lion") else 1] for n in names],
-    )  # fmt: skip
-    axes[2].tick_params(axis="x", rotation=30)
-    axes[2].set(xlabel="update rule", ylabel="test loss of the proxy task (nats)")
-    return [
-        run.figure(
-            "lion", figure, title="Lion, and rules found by evolution",
-            caption="Left: language model of Moby Dick. Middle: evolution from SGD, "
-            f"mean and standard error of {config.searches} searches. Right: the rules "
-            f"on fresh seeds, mean and standard error of {config.fresh_seeds}.",
-        )
-    ]  # fmt: skip
 
 
 def main(config: Config, run: Run) -> Report:

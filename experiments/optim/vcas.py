@@ -24,13 +24,13 @@ import optax
 from jax import lax
 
 from experiments.optim._tasks import best, digits_mlp
+from experiments.optim._vcas_pictures import pictures
 from jaxzoo.data.source import batch
 from jaxzoo.optim.vcas import VCASState, vcas_dense, vcas_update
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
-from jaxzoo.training.plots import curves, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 
 LAYERS = 3
@@ -256,40 +256,6 @@ def bias_of_one_layer(config: Config, seed: jax.Array) -> jax.Array:
     return jnp.linalg.norm(jnp.mean(error, axis=0)) / jnp.sqrt(squares / config.draws)
 
 
-def pictures(run: Run, config: Config, rate: int) -> list[Figure]:
-    history = run.history("vcas")
-    some = slice(rate * config.seeds, (rate + 1) * config.seeds)
-    steps = np.asarray(history["step"]) * config.every
-
-    def series(name):
-        return steps, np.asarray(history[name])[:, some]
-
-    figure, axes = panels(3, width=4.4)
-    names = {f"rho of layer {i + 1}": series(f"rho_{i}") for i in range(LAYERS)}
-    names |= {f"nu of layer {i + 1}": series(f"nu_{i}") for i in range(LAYERS)}
-    curves(axes[0], names, xlabel="step", ylabel="share kept")
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[0].set(ylim=(0, 1.05))
-    excess = {"examples": series("act"), "tokens": series("weight")}
-    curves(axes[1], excess, xlabel="step", ylabel="added variance, share of SGD's")
-    axes[1].axhline(TAU, color="black", linestyle="--", linewidth=1)
-    axes[1].set_yscale("symlog", linthresh=0.01)
-    curves(
-        axes[2], {"VCAS": series("flops")}, xlabel="step",
-        ylabel="backward FLOPs, share of exact passes'",
-    )  # fmt: skip
-    axes[2].axhline(1.0, color="black", linestyle="--", linewidth=1, label="exact")
-    axes[2].legend(frameon=False)
-    caption = (
-        "Left: the shares of examples (rho) and of what is left of them for the weight "
-        "gradient (nu). Middle: what the controller measured, and its aim tau. Right: "
-        "the cost, measuring included. Mean and standard error over "
-        f"{config.seeds} seeds."
-    )
-    title = "Sampling the backward pass as far as the noise of SGD hides it"
-    return [run.figure("vcas", figure, title=title, caption=caption)]
-
-
 def main(config: Config, run: Run) -> Report:
     bias = max(
         float(bias_of_one_layer(config, jnp.int32(s))) for s in range(config.seeds)
@@ -332,7 +298,8 @@ def main(config: Config, run: Run) -> Report:
         f"Digits, {config.seeds} seeds, {config.rounds * config.every} steps",
         ("", "rate", "training loss", "held-out loss", "accuracy (%)", "FLOPs"), rows,
     )  # fmt: skip
-    return Report(claims, metrics, pictures(run, config, j))
+    figures = pictures(run, config, j, layers=LAYERS, tau=TAU)
+    return Report(claims, metrics, figures)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.sequence._self_pretraining_pictures import (
+    PRETRAINED,
+    S4D,
+    SCRATCH,
+    SHORT,
+    TRANSFORMER,
+    picture,
+)
 from jaxzoo.data.fashion_mnist import fashion_mnist
 from jaxzoo.data.listops import SYMBOLS, listops
 from jaxzoo.data.source import Source, batch
@@ -32,14 +40,10 @@ from jaxzoo.sequence.self_pretraining import denoising_loss, hide_tokens
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
-from jaxzoo.training.plots import COLORS, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
-TRANSFORMER, S4D = "transformer", "S4D"
-SHORT, SCRATCH = "from scratch, as many labelled steps", "from scratch, as many in all"
-PRETRAINED = "self-pretrained"
 TASKS = PIXELS, LISTS = "pixels", "ListOps"
 
 
@@ -275,29 +279,6 @@ def claims_of(
             gap, f"<= {half:.2f}", half > 0 and gap <= half, stderr(left),
         ),
     ]  # fmt: skip
-
-
-def picture(config: Config, run: Run, right: dict[str, Any]) -> Figure:
-    figure, axes = panels(len(right), width=4.2)
-    for ax, (name, by_kind) in zip(axes, right.items(), strict=True):
-        for i, way in enumerate((SHORT, SCRATCH, PRETRAINED)):
-            values = [by_kind[kind][way] for kind in (TRANSFORMER, S4D)]
-            ax.bar(
-                np.arange(2) + 0.27 * (i - 1), [v.mean() for v in values], 0.25,
-                yerr=[stderr(v) for v in values], capsize=3, color=COLORS[i], label=way,
-            )  # fmt: skip
-        ax.set(title=name, xticks=[0, 1], ylabel="test accuracy, %")
-        ax.set_xticklabels([TRANSFORMER, S4D])
-        ax.grid(axis="x", visible=False)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-        frameon=False,
-    )  # fmt: skip
-    return run.figure(
-        "self_pretraining", figure, title="From scratch, and after denoising",
-        caption="The same inputs and the same number of steps in all. Mean and "
-        f"standard error over {config.seeds} seeds.",
-    )  # fmt: skip
 
 
 def main(config: Config, run: Run) -> Report:

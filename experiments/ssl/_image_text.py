@@ -15,8 +15,8 @@ import optax
 
 from jaxzoo.data.emoji import emoji
 from jaxzoo.data.source import batch_indices
+from jaxzoo.nn.contrastive import info_nce
 from jaxzoo.nn.mlp import MLP
-from jaxzoo.ssl.contrastive_sufficiency import info_nce
 from jaxzoo.ssl.siglip import siglip_loss
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local

@@ -19,11 +19,10 @@ import numpy as np
 import optax
 from jax import lax
 
+from jaxzoo.nn.contrastive import chi_squared_loss, info_nce
 from jaxzoo.ssl.contrastive_sufficiency import (
-    chi_squared_loss,
     downstream_bound,
     f_information,
-    info_nce,
     sufficiency,
 )
 from jaxzoo.training.command import experiment

@@ -21,20 +21,19 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments.ssl._logistic import probe
+from experiments.ssl._mae_pictures import SHAPE, pictures
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
 from jaxzoo.data.source import batch_indices
-from jaxzoo.nn.vit import Transformer, ViT, patchify, sincos_2d, unpatchify
+from jaxzoo.nn.vit import Transformer, ViT, patchify, sincos_2d
 from jaxzoo.ssl.mae import MAEDecoder, mae_loss, random_masking
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
-from jaxzoo.training.plots import COLORS, curves, image_grid, panels
 from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
-
-SHAPE = (28, 28, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,17 +214,6 @@ def per_seed(function, params: Any, x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.asarray(p) for p in parts], axis=1)
 
 
-def probe(train_x, train_y, test_x, test_y) -> float:
-    """Test accuracy in per cent of logistic regression on standardised features."""
-    # Here, since scikit-learn takes a second to import.
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train_x)
-    model = LogisticRegression(max_iter=1000).fit(scaler.transform(train_x), train_y)
-    return 100 * float(model.score(scaler.transform(test_x), test_y))
-
-
 def probes(config: Config, model: Model, vits: Any, data) -> dict[str, np.ndarray]:
     """Linear probes on CLS with all labels and with few, in per cent, by weights."""
     (x, y), (test_x, test_y) = data
@@ -262,63 +250,6 @@ def masking_claims(config: Config, model: Model, params, x) -> list[Claim]:
         Claim(
             f"patches that the encoder sees, of {model.patches}",
             part, f"= {target:.3g}", part == target,
-        ),
-    ]  # fmt: skip
-
-
-def pictures(config: Config, run: Run, model: Model, params, data, scores):
-    x = data[1][0][:: max(1, len(data[1][0]) // 12)][:12]
-    first = jax.tree.map(lambda p: p[0], params)
-    prediction, masked, _ = jax.jit(model.reconstruct)(first, jax.random.key(3), x)
-    true = patchify(jnp.asarray(x), config.patch)
-    # Predictions are of normalised pixels: each patch's own mean and deviation, which
-    # the model does not know, are put back to look at them.
-    mean, std = true.mean(-1, keepdims=True), true.std(-1, keepdims=True, ddof=1)
-    hidden = masked.mask[:, :, None]
-    rows = [
-        x,
-        unpatchify(jnp.where(hidden, 0.5, true), SHAPE, config.patch),
-        unpatchify(
-            jnp.where(hidden, prediction * std + mean, true), SHAPE, config.patch
-        ),
-    ]
-    grid = image_grid(
-        [np.clip(r, 0, 1).reshape(-1, *SHAPE[:2]) for r in rows],
-        ["image", "seen", "predicted"],
-    )
-    figure, (left, right) = panels(2)
-    history = run.history("pretrain")
-    line = {"pretraining": (history["step"], history["loss"])}
-    curves(left, line, xlabel="step", ylabel="loss (variance of a patch = 1)")
-    names = {"random": "random weights", "pretrained": "pretrained"}
-    for i, ((start, name), color) in enumerate(
-        zip(names.items(), COLORS, strict=False)
-    ):
-        keys = ("probe_all", "probe_few", "tuned")
-        values = np.stack([scores[f"{start}/{key}"] for key in keys])
-        spots = np.arange(3) + 0.12 * (2 * i - 1)
-        spread = [stderr(v) for v in values]
-        right.errorbar(
-            spots, values.mean(1), spread, fmt="o", capsize=3, color=color, label=name
-        )
-    few_labels = f"{config.labels} labels"
-    right.set_xticks(
-        range(3),
-        ["probe\nall labels", f"probe\n{few_labels}", f"fine-tuning\n{few_labels}"],
-    )
-    right.set(ylabel="held-out accuracy (%)")
-    right.legend(frameon=False)
-    return [
-        run.figure(
-            "training", figure, title="Pretraining and what it is good for",
-            caption="Loss on hidden patches, and held-out accuracy of one ViT with "
-            f"and without pretraining; mean and standard error over {config.seeds} "
-            "seeds.",
-        ),
-        run.figure(
-            "reconstructions", grid, title="Reconstructions",
-            caption="Held-out images; the patches that the encoder saw; its prediction "
-            "of the others, with each patch's true mean and contrast.",
         ),
     ]  # fmt: skip
 

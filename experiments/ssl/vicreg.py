@@ -29,13 +29,9 @@ import optax
 from jax import lax
 
 from experiments.ssl._probes import knn_accuracy, linear_accuracy
-from jaxzoo.data.augment import (
-    color_jitter,
-    compose,
-    flip,
-    gaussian_noise,
-    random_resized_crop,
-)
+from experiments.ssl._vicreg_pictures import pictures
+from jaxzoo.data.augment import compose, flip, gaussian_noise, random_resized_crop
+from jaxzoo.data.augment_color import color_jitter
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
 from jaxzoo.data.source import batch, batch_indices
@@ -44,8 +40,7 @@ from jaxzoo.ssl.vicreg import vicreg_loss
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
-from jaxzoo.training.plots import COLORS, curves, panels
-from jaxzoo.training.record import Claim, Figure, Report, Run
+from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 from jaxzoo.training.step import init_state, update_step
 
@@ -262,43 +257,6 @@ def collapse_claims(full: np.ndarray, without: np.ndarray) -> list[Claim]:
             "digits, full loss: the same, smallest over seeds",
             float(full.min()), "> 0.5", bool(full.min() > 0.5),
         ),
-    ]  # fmt: skip
-
-
-def pictures(config: Config, run: Run, accuracy) -> list[Figure]:
-    figure, axes = panels(2)
-    history = {name: run.history(f"digits_{name}") for name in ABLATIONS}
-    labels = {"full": "full loss", "without_variance": "without the variance term"}
-    stds = {labels[n]: (h["step"], h["std"]) for n, h in history.items()}
-    curves(
-        axes[0], stds, xlabel="step",
-        ylabel="std of an embedding's dimension\n(mean over dimensions)",
-    )  # fmt: skip
-    axes[0].set_yscale("log")
-    names = ("pixels", "random encoder", "VICReg")
-    rows = accuracy["fashion_mnist"]
-    for i, kind in enumerate(("linear", "knn")):
-        values = [rows[name][kind] for name in names]
-        errors = [stderr(v) if len(v) > 1 else 0.0 for v in values]
-        place = np.arange(3) + 0.36 * (i - 0.5)
-        label = {"linear": "linear probe", "knn": "20 nearest neighbours"}[kind]
-        means = [v.mean() for v in values]
-        axes[1].bar(
-            place, means, 0.34, yerr=errors, capsize=3, color=COLORS[i], label=label
-        )
-    low = min(v.min() for row in rows.values() for v in row.values())
-    axes[1].set(
-        xticks=np.arange(3), xticklabels=names, ylim=(max(0, low - 5), 100),
-        ylabel="accuracy on Fashion-MNIST (%)",
-    )  # fmt: skip
-    axes[1].legend(frameon=False, loc="upper left", ncols=2)
-    return [
-        run.figure(
-            "vicreg", figure, title="Collapse, and what the features know",
-            caption="Left: spread of the embedding of training batches of digits. Right"
-            ": probes on frozen features of held-out images; the axis does not start "
-            f"at 0. Mean and standard error over {config.seeds} seeds.",
-        )
     ]  # fmt: skip
 
 

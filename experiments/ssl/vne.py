@@ -25,12 +25,8 @@ import optax
 from jax import lax
 
 from experiments.ssl._probes import linear_accuracy
-from jaxzoo.data.augment import (
-    color_jitter,
-    compose,
-    gaussian_noise,
-    random_resized_crop,
-)
+from jaxzoo.data.augment import compose, gaussian_noise, random_resized_crop
+from jaxzoo.data.augment_color import color_jitter
 from jaxzoo.data.digits import digits
 from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP

@@ -11,33 +11,30 @@ range. The draws of an example depend on the key and on its id alone:
 By default an example's id is its row. Where a device or a process holds a part of the
 batch, give the rows of the whole batch as `ids`; then every image is the same, bit for
 bit, however the batch is split. Nothing here has a shape that depends on a value, so
-that everything runs under `jax.jit`, `jax.vmap` and `jax.shard_map`.
+that everything runs under `jax.jit`, `jax.vmap` and `jax.shard_map`. What changes
+colours is in `augment_color`.
 """
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
+from jaxzoo.core.typed import ArrayLike, check_range, typed
+from jaxzoo.data._examples import Pair, check_pair, per_example, sometimes, weighted
 
 __all__ = [
     "Augmentation",
-    "color_jitter",
     "compose",
     "flip",
     "gaussian_blur",
     "gaussian_noise",
-    "grayscale",
     "random_resized_crop",
 ]
 
 ATTEMPTS = 10  # boxes that are drawn before a crop falls back to the centre
-Pair = tuple[float | int, float | int]
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as in Pillow and torchvision
 
 
 class Augmentation(Protocol):
@@ -52,7 +49,8 @@ def compose(*augmentations: Augmentation) -> Augmentation:
     """One augmentation after the other, number i with the key `fold_in(key, i)`.
 
     Args:
-        *augmentations: functions of this module, with `functools.partial` for options.
+        *augmentations: functions of this module or of `augment_color`, with
+            `functools.partial` for options.
 
     Returns:
         An augmentation.
@@ -108,8 +106,8 @@ def random_resized_crop(
     >>> bool(jnp.all(whole == images))
     True
     """
-    _check_pair("scale", scale, low=1e-6, high=1.0)
-    _check_pair("ratio", ratio, low=1e-6)
+    check_pair("scale", scale, low=1e-6, high=1.0)
+    check_pair("ratio", ratio, low=1e-6)
     new_size = size or (images.shape[1], images.shape[2])
     for value in new_size:
         check_range("size", value, low=1)
@@ -120,7 +118,7 @@ def random_resized_crop(
         image = _resize(image, top, box_h, 0, new_size[0])
         return _resize(image, left, box_w, 1, new_size[1])
 
-    return _per_example(crop, key, images, ids)
+    return per_example(crop, key, images, ids)
 
 
 @typed
@@ -153,108 +151,8 @@ def flip(
     [1.0, 0.0]
     """
     axis = 0 if vertical else 1
-    mirrored = _sometimes(lambda key, image: jnp.flip(image, axis), probability)
-    return _per_example(mirrored, key, images, ids)
-
-
-@typed
-def color_jitter(
-    key: Key[Array, ""],
-    images: Float[ArrayLike, "b h w c"],
-    *,
-    ids: Int[ArrayLike, " b"] | None = None,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.4,
-    hue: float = 0.1,
-    probability: float = 1.0,
-) -> Float[Array, "b h w c"]:
-    """Changes brightness, contrast, saturation and hue, in this order.
-
-    The first three are blends f * image + (1 - f) * other, cut to [0, 1], with other =
-    black, the mean grey value, or the grey image, and f uniform in [1 - s, 1 + s], not
-    below 0, for strength s. Hue moves by a uniform share of the colour circle. Grey
-    images have neither saturation nor hue and keep what they lack.
-
-    Args:
-        key: a typed key, consumed.
-        images: `[B, H, W, C]` in [0, 1], C of 1 or 3.
-        ids: what tells the draws of examples apart; their rows by default.
-        brightness: strength, >= 0.
-        contrast: strength, >= 0.
-        saturation: strength, >= 0.
-        hue: largest move, in [0, 0.5] of the colour circle.
-        probability: that an image is changed, in [0, 1].
-
-    Returns:
-        Shaped like `images`.
-
-    Raises:
-        TypeError: `images` is no `[B, H, W, C]` of floats, or `ids` does not fit it.
-        ValueError: C is neither 1 nor 3, or a strength is out of range.
-
-    >>> grey = jnp.full((1, 1, 1, 3), 0.5)
-    >>> bright = color_jitter(jax.random.key(0), grey, contrast=0.0)
-    >>> bool(0.3 <= bright[0, 0, 0, 0] <= 0.7)
-    True
-    """
-    strengths = {"brightness": brightness, "contrast": contrast}
-    for name, strength in (strengths | {"saturation": saturation}).items():
-        check_range(name, strength, low=0)
-    check_range("hue", hue, low=0, high=0.5)
-    _check_channels(images)
-
-    def jitter(key: Array, image: Array) -> Array:
-        keys = jax.random.split(key, 4)
-        image = _blend(keys[0], image, jnp.zeros_like(image), brightness)
-        mean = jnp.broadcast_to(jnp.mean(_luma(image)), image.shape)
-        image = _blend(keys[1], image, mean, contrast)
-        if image.shape[-1] == 1:
-            return image
-        grey = jnp.broadcast_to(_luma(image), image.shape)
-        image = _blend(keys[2], image, grey, saturation)
-        if hue == 0:  # the way to hues and back would round
-            return image
-        return _shift_hue(
-            image, jax.random.uniform(keys[3], (), minval=-hue, maxval=hue)
-        )
-
-    return _per_example(_sometimes(jitter, probability), key, images, ids)
-
-
-@typed
-def grayscale(
-    key: Key[Array, ""],
-    images: Float[ArrayLike, "b h w c"],
-    *,
-    ids: Int[ArrayLike, " b"] | None = None,
-    probability: float = 0.2,
-) -> Float[Array, "b h w c"]:
-    """Takes the colour out of some of the images; they keep their channels.
-
-    Args:
-        key: a typed key, consumed.
-        images: `[B, H, W, C]` in [0, 1], C of 1 or 3.
-        ids: what tells the draws of examples apart; their rows by default.
-        probability: that an image becomes grey, in [0, 1].
-
-    Returns:
-        Shaped like `images`.
-
-    Raises:
-        TypeError: `images` is no `[B, H, W, C]` of floats, or `ids` does not fit it.
-        ValueError: C is neither 1 nor 3, or `probability` is out of range.
-
-    >>> red = jnp.array([1.0, 0.0, 0.0]).reshape(1, 1, 1, 3)
-    >>> grayscale(jax.random.key(0), red, probability=1.0).ravel().tolist()
-    [0.2989, 0.2989, 0.2989]
-    """
-    _check_channels(images)
-
-    def without_color(key: Array, image: Array) -> Array:
-        return jnp.broadcast_to(_luma(image), image.shape)
-
-    return _per_example(_sometimes(without_color, probability), key, images, ids)
+    mirrored = sometimes(lambda key, image: jnp.flip(image, axis), probability)
+    return per_example(mirrored, key, images, ids)
 
 
 @typed
@@ -290,14 +188,14 @@ def gaussian_blur(
     >>> out[0, 2, :, 0].tolist()
     [0.0002, 0.0838, 0.6187, 0.0838, 0.0002]
     """
-    _check_pair("sigma", sigma, low=0.0)
+    check_pair("sigma", sigma, low=0.0)
     reach = math.ceil(4 * sigma[1])
 
     def blur(key: Array, image: Array) -> Array:
         width = jax.random.uniform(key, (), minval=sigma[0], maxval=sigma[1])
         return _smooth(_smooth(image, width, 0, reach), width, 1, reach)
 
-    return _per_example(_sometimes(blur, probability), key, images, ids)
+    return per_example(sometimes(blur, probability), key, images, ids)
 
 
 @typed
@@ -334,31 +232,7 @@ def gaussian_noise(
     def noise(key: Array, image: Array) -> Array:
         return jnp.clip(image + std * jax.random.normal(key, image.shape), 0.0, 1.0)
 
-    return _per_example(_sometimes(noise, probability), key, images, ids)
-
-
-def _per_example(
-    change: Callable[[Array, Array], Array],
-    key: Array,
-    images: ArrayLike,
-    ids: ArrayLike | None,
-) -> Array:
-    """`change(key, image)` in float32 for each example, with a key of its own."""
-    ids = jnp.arange(images.shape[0]) if ids is None else jnp.asarray(ids)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-    return jax.vmap(change)(keys, as_float32(images)).astype(images.dtype)
-
-
-def _sometimes(change: Callable[[Array, Array], Array], probability: float):
-    check_range("probability", probability, low=0, high=1)
-
-    def maybe(key: Array, image: Array) -> Array:
-        choice_key, change_key = jax.random.split(key)
-        # A uniform draw is below 1, so that a probability of 1 is certain.
-        chosen = jax.random.uniform(choice_key) < probability
-        return jnp.where(chosen, change(change_key, image), image)
-
-    return maybe
+    return per_example(sometimes(noise, probability), key, images, ids)
 
 
 def _box(key: Array, height: int, width: int, scale, ratio) -> tuple[Array, ...]:
@@ -397,7 +271,7 @@ def _resize(image: Array, start: Array, length: Array, axis: int, size: int) -> 
     weights = jnp.maximum(0.0, 1.0 - jnp.abs(centre[:, None] - index) / reach)
     inside = (index >= start) & (index < start + length)
     index = jnp.clip(index, 0, old_size - 1).astype(jnp.int32)
-    return _weighted(image, index, jnp.where(inside, weights, 0.0), axis)
+    return weighted(image, index, jnp.where(inside, weights, 0.0), axis)
 
 
 def _smooth(image: Array, width: Array, axis: int, reach: int) -> Array:
@@ -408,77 +282,4 @@ def _smooth(image: Array, width: Array, axis: int, reach: int) -> Array:
     weights = jnp.exp(-0.5 * jnp.square(offset / jnp.maximum(width, 1e-3)))
     inside = (index >= 0) & (index < size)
     weights = jnp.where(inside, weights[None, :], 0.0)
-    return _weighted(image, jnp.clip(index, 0, size - 1), weights, axis)
-
-
-def _weighted(image: Array, index: Array, weights: Array, axis: int) -> Array:
-    """Weighted means of pixels; `index` and `weights` are `[new size, terms]`.
-
-    The terms are added one by one: a matrix product would add them in an order that
-    depends on how many examples a device has.
-    """
-    weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-
-    def term(index: Array, weight: Array) -> Array:
-        part = jnp.take(image, index, axis=axis)
-        weight = jnp.expand_dims(weight, (1 - axis, 2))
-        return jnp.broadcast_to(weight, part.shape) * part
-
-    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + term(*pair), None
-
-    first, rest = (index[:, 0], weights[:, 0]), (index.T[1:], weights.T[1:])
-    return jax.lax.scan(add, term(*first), rest)[0]
-
-
-def _luma(image: Array) -> Array:
-    """Grey values `[H, W, 1]`."""
-    if image.shape[-1] == 1:
-        return image
-    red, green, blue = (LUMA[i] * image[..., i : i + 1] for i in range(3))
-    return red + green + blue
-
-
-def _blend(key: Array, image: Array, other: Array, strength: float) -> Array:
-    low, high = max(0.0, 1.0 - strength), 1.0 + strength
-    factor = jax.random.uniform(key, (), minval=low, maxval=high)
-    return jnp.clip(factor * image + (1.0 - factor) * other, 0.0, 1.0)
-
-
-def _shift_hue(image: Array, shift: Array) -> Array:
-    """Turns the colour circle; the largest and the smallest channel stay as they are.
-
-    Channel c of a colour with hue h is top - range * clip(min(k, 4 - k), 0, 1), where
-    k = (c + 6 h) mod 6 with c = 5, 3, 1 for red, green, blue.
-    """
-    red, green, blue = (image[..., i : i + 1] for i in range(3))
-    top = jnp.maximum(jnp.maximum(red, green), blue)
-    span = top - jnp.minimum(jnp.minimum(red, green), blue)
-    # Channels are compared with each other, not with `top`: at a tie both sides give
-    # one hue, so that it does not matter how the compiler rounds which of them.
-    sector = jnp.where(green >= blue, blue - red + 2 * span, red - green + 4 * span)
-    sector = jnp.where((red >= green) & (red >= blue), green - blue, sector)
-    hue = sector / jnp.where(span == 0, 1.0, span) + 6 * shift
-    offset = jnp.array([5.0, 3.0, 1.0])[None, None]
-    k = (jnp.broadcast_to(hue, image.shape) + offset) % 6
-    share = jnp.clip(jnp.minimum(k, 4 - k), 0.0, 1.0)
-    return jnp.clip(top - span * share, 0.0, 1.0)
-
-
-def _check_pair(
-    name: str, pair: Pair, *, low: float, high: float = float("inf")
-) -> None:
-    for value in pair:
-        check_range(name, value, low=low, high=high)
-    if pair[0] > pair[1]:
-        raise ValueError(
-            f"argument '{name}' is {pair}, expected the smaller number first."
-        )
-
-
-def _check_channels(images: ArrayLike) -> None:
-    if images.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"argument 'images' has {images.shape[-1]} channels, expected 1 or 3 for a "
-            "change of colour."
-        )
+    return weighted(image, jnp.clip(index, 0, size - 1), weights, axis)

@@ -23,15 +23,9 @@ if TYPE_CHECKING:
     import grain
 
 __all__ = [
-    "Dataset",
-    "Feature",
-    "RandomAccess",
-    "Source",
-    "batch",
-    "batch_indices",
-    "grain_batches",
-    "take",
-]
+    "Dataset", "Feature", "RandomAccess", "Source", "batch", "batch_indices",
+    "grain_batches", "take",
+]  # fmt: skip
 
 
 class RandomAccess(Protocol):
@@ -212,13 +206,9 @@ def take(source: RandomAccess, indices: Sequence[int] | np.ndarray) -> dict[str,
 
 
 def batch(
-    source: RandomAccess,
-    seed: int,
-    step: int,
-    *,
-    batch_size: int,
-    shard: tuple[int, int] = (0, 1),
-) -> dict[str, Any]:
+    source: RandomAccess, seed: int, step: int, *,
+    batch_size: int, shard: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:  # fmt: skip
     """Batch `step` of a source: `take(source, batch_indices(seed, step, ...))`.
 
     Args:
@@ -244,13 +234,9 @@ def batch(
 
 
 def grain_batches(
-    source: RandomAccess,
-    *,
-    seed: int,
-    batch_size: int,
-    shard: tuple[int, int] = (0, 1),
-    num_batches: int | None = None,
-) -> grain.MapDataset:
+    source: RandomAccess, *, seed: int, batch_size: int,
+    shard: tuple[int, int] = (0, 1), num_batches: int | None = None,
+) -> grain.MapDataset:  # fmt: skip
     """A Grain data set whose element t is `batch(source, seed, t)`.
 
     Go on with Grain's own verbs: `iter(ds)` has `get_state` and `set_state`,

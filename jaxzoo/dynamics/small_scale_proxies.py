@@ -13,9 +13,8 @@ grows can be extrapolated from size to size before it breaks:
 The paper's weights decay by the schedule alone, and "muParam (simple)" slows matrices
 by how much wider they are than a base:
 
-    optimizer = optax.chain(
-        independent_adamw(schedule, peak=rate), scale_by_fan_in(base=64)
-    )
+    adamw = independent_adamw(schedule, peak=rate)
+    optimizer = optax.chain(adamw, scale_by_fan_in(base=64))
 """
 
 import math
@@ -26,15 +25,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxzoo.core.transform import (
-    Mask,
-    Number,
-    Rate,
-    descend,
-    float32_zeros,
-    in_float32,
-    like,
-)
+from jaxzoo.core.transform import Mask, Number, Rate, descend, in_float32, like
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
 PAPER = {
@@ -62,13 +53,9 @@ PAPER = {
 }
 
 __all__ = [
-    "extrapolate",
-    "first_unstable_rate",
-    "independent_adamw",
-    "lr_sensitivity",
-    "max_attention_logit",
-    "scale_by_fan_in",
-]
+    "extrapolate", "first_unstable_rate", "independent_adamw", "lr_sensitivity",
+    "max_attention_logit", "scale_by_fan_in",
+]  # fmt: skip
 
 
 @typed
@@ -100,10 +87,8 @@ def lr_sensitivity(
 @typed
 def max_attention_logit(
     queries: Float[ArrayLike, "*batch t n h"],
-    keys: Float[ArrayLike, "*batch t k h"],
-    *,
-    is_causal: bool = True,
-) -> Float[Array, "*batch"]:
+    keys: Float[ArrayLike, "*batch t k h"], *, is_causal: bool = True,
+) -> Float[Array, "*batch"]:  # fmt: skip
     """The largest logit of attention: what grows before training breaks.
 
     max over heads, t and t' of q_t . k_t' / sqrt(H)
@@ -187,10 +172,8 @@ def extrapolate(
 @typed
 def first_unstable_rate(
     rates: Float[ArrayLike, " rates"],
-    max_logits: Float[ArrayLike, "*batch rates"],
-    *,
-    threshold: float = 1e4,
-) -> Float[Array, "*batch"]:
+    max_logits: Float[ArrayLike, "*batch rates"], *, threshold: float = 1e4,
+) -> Float[Array, "*batch"]:  # fmt: skip
     """The smallest learning rate whose attention logits pass a threshold.
 
     Args:
@@ -217,15 +200,10 @@ def first_unstable_rate(
 
 @typed
 def independent_adamw(
-    learning_rate: Rate,
-    *,
-    peak: Number | None = None,
-    b1: Number = 0.9,
-    b2: Number = 0.95,
-    eps: Number = 1e-8,
-    weight_decay: Number = 1e-4,
-    mask: Mask = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: Rate, *, peak: Number | None = None,
+    b1: Number = 0.9, b2: Number = 0.95, eps: Number = 1e-8,
+    weight_decay: Number = 1e-4, mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """AdamW whose weights decay alike whatever learning rate is tried.
 
     p <- p - learning_rate mhat / (sqrt(vhat) + eps) - s weight_decay p
@@ -302,28 +280,17 @@ def scale_by_fan_in(*, base: int) -> optax.GradientTransformation:
 
 def _in_float32(inner: Any) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
         new, state = inner.update(in_float32(updates), state)
         return like(new, updates), state
 
     return optax.GradientTransformation(
-        lambda params: inner.init(float32_zeros(params)), update
+        lambda params: inner.init(in_float32(params)), update
     )
 
 
 def _along(y: Array, x: Array) -> Array:
     """Coefficients of y along x, 0 where all x are."""
     return jnp.einsum("...s,s->...", y, x) / jnp.maximum(jnp.vdot(x, x), 1e-12)
-
-
-def _losses(key: Array) -> tuple[Array, Array]:
-    losses = jax.random.uniform(key, (8, 6))
-    return losses[:, :5], losses[:, 5] + 0.5
-
-
-def _heads(key: Array) -> tuple[Array, Array]:
-    heads = jax.random.normal(key, (2, 8, 6, 4))
-    return heads[:, :, :4], heads[:, :, 4:]
 
 
 def _sizes(key: Array) -> tuple[Array, Array, Array]:
@@ -338,10 +305,14 @@ def _logits(key: Array) -> tuple[Array, Array]:
 
 
 EXAMPLES = {
-    lr_sensitivity: lambda key: (_losses(key), {}),
-    max_attention_logit: lambda key: (_heads(key), {}),
+    lr_sensitivity: lambda key: (
+        (jax.random.uniform(key, (8, 5)), jnp.linspace(0.5, 1.4, 8)), {}
+    ),
+    max_attention_logit: lambda key: (
+        tuple(jnp.split(jax.random.normal(key, (2, 8, 6, 4)), [4], axis=2)), {}
+    ),
     extrapolate: lambda key: (_sizes(key), {}),
     first_unstable_rate: lambda key: (_logits(key), {"threshold": 0.1}),
     independent_adamw: lambda key: ((0.01,), {"peak": 0.01}),
     scale_by_fan_in: lambda key: ((), {"base": 4}),
-}
+}  # fmt: skip

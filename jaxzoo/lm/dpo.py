@@ -81,8 +81,7 @@ def dpo_loss(
     loss: Kind = "sigmoid",
     label_smoothing: float = 0.0,
     divergence: Literal["reverse_kl", "forward_kl", "js"] = "reverse_kl",
-    lengths: tuple[Float[ArrayLike, " batch"], Float[ArrayLike, " batch"]]
-    | None = None,
+    lengths: tuple[Rows, Rows] | None = None,
     axis_name: AxisName = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The mean loss of pairs of responses, one of which is preferred.
@@ -136,16 +135,15 @@ def dpo_loss(
     )
     count = jnp.maximum(psum(jnp.sum(keep), axis_name), 1).astype(chosen.dtype)
     rewards = beta * chosen, beta * rejected
-    counted = keep
+    gap = rewards[0] - rewards[1]
     if loss == "aot":
         margin, counted = _sorted_margin(chosen, rejected, keep, axis_name)
     else:
         slope = _SLOPES[divergence]
-        margin = slope(chosen) - slope(rejected)
+        margin, counted = slope(chosen) - slope(rejected), keep
     centre = psum(jnp.sum(sum(rewards)), axis_name) / (2.0 * count)
     each = _pair_loss(loss, margin, chosen, rejected, beta, label_smoothing, centre)
     each = jnp.where(counted, each, 0.0)
-    gap = rewards[0] - rewards[1]
     aux = {
         "per_example": each,
         "chosen": rewards[0],
@@ -174,8 +172,8 @@ def plackett_luce_loss(
         policy: log pi(y_k) of K responses from best to worst, in nats, `[B, K]`.
         reference: of the same under the reference policy; None counts as 0.
         where: True for the rows that count.
-        beta: > 0.
-        axis_name: the axis that rows are split over.
+        beta: > 0, as for `dpo_loss`.
+        axis_name: as for `dpo_loss`.
 
     Returns:
         `(value, aux)`: the mean over rows; aux holds "per_example" `[B]` and "rewards"
@@ -232,11 +230,8 @@ def optimal_policy(
     policy = jnp.exp(log_policy)
     # What the policy never does costs nothing, though its log-ratio is infinite.
     gain = jnp.where(policy > 0.0, log_policy - start, 0.0)
-    aux = {
-        "reward": jnp.sum(policy * reward, axis=-1),
-        "kl": jnp.sum(policy * gain, axis=-1),
-    }
-    return log_policy, aux
+    earned, spent = (jnp.sum(policy * x, axis=-1) for x in (reward, gain))
+    return log_policy, {"reward": earned, "kl": spent}
 
 
 def _ratio(policy: Any, reference: Any, length: Any, keep: Array) -> Array:
@@ -250,15 +245,11 @@ def _ratio(policy: Any, reference: Any, length: Any, keep: Array) -> Array:
     return ratio
 
 
-def _minus_inverse(ratio: Array) -> Array:
-    # Beyond e^30 the loss of any margin is what it is, and nothing overflows.
-    return -jnp.exp(jnp.minimum(-ratio, 30.0))
-
-
 # f'(u) of the divergence sum pi_ref f(pi / pi_ref), as a function of log u.
 _SLOPES = {
     "reverse_kl": lambda ratio: ratio,
-    "forward_kl": _minus_inverse,
+    # Beyond e^30 the loss of any margin is what it is, and nothing overflows.
+    "forward_kl": lambda ratio: -jnp.exp(jnp.minimum(-ratio, 30.0)),
     "js": jax.nn.log_sigmoid,
 }
 
@@ -312,13 +303,10 @@ def _pair_loss(
     return -up - 0.5 * down - 0.5 * jax.nn.log_sigmoid(-b * r)  # nca
 
 
-def _pairs(key: Array) -> tuple[Array, ...]:
-    return tuple(-20.0 + 2.0 * jax.random.normal(key, (4, 8)))
-
-
 EXAMPLES = {
     dpo_loss: lambda key: (
-        _pairs(key), {"where": jnp.arange(8) != 3, "label_smoothing": 0.1},
+        tuple(-20.0 + 2.0 * jax.random.normal(key, (4, 8))),
+        {"where": jnp.arange(8) != 3, "label_smoothing": 0.1},
     ),
     plackett_luce_loss: lambda key: (
         tuple(-20.0 + 2.0 * jax.random.normal(key, (2, 8, 3))),

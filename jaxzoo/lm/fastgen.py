@@ -5,10 +5,9 @@ which its attention map A loses at most 1 - T:
 
     C_0 special tokens; C_1 and punctuation; C_2 and the share r_f of tokens that got
     the most attention; C_3 and the last r_l P of the prompt's P tokens; C_4 all
-    policy = min {c : lost_c <= 1 - T},  lost_c = mean_i sum_{j not in C_c, j != i} A_ij
 
 and goes on by it: a new token enters the cache, attends, adds its attention to the
-scores, and what the policy does not want is evicted for good. For a transformer:
+scores, and what the policy does not want is evicted for good. What `generate` takes:
 
     def model(cache, tokens):                                   # [B, t] -> [B, t, V]
         kinds = kind_of[tokens]                         # 0, SPECIAL or PUNCTUATION
@@ -18,23 +17,19 @@ scores, and what the policy does not want is evicted for good. For a transformer
             return decode_step(q, k, v, kinds, cache)
         body = Transformer(64, 4, 4, attend=attend)
         return LanguageModel(257, 64, body).apply(params, tokens, cache)
-    text, aux = generate(key, model, prompt, state=None, num_tokens=64)
 
-**Ragged caches in static shapes.** All heads have the same number of slots, and slots
-of evicted tokens are used again, so a head can live in one more slot than it ever has
-entries. But which policy a prompt needs is known at run time only: a program for any
-prompt has slots for all tokens, and what is saved is counted, `positions >= 0`.
+**Ragged caches in static shapes.** Policies are known at run time only: a program has
+slots for all tokens in each head, and what is saved is counted, `positions >= 0`.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
+from jaxzoo.nn.head_cache import slot_attention
 
 PAPER = {
     "slug": "fastgen",
@@ -60,8 +55,8 @@ PAPER = {
 }
 
 __all__ = [
-    "POLICIES", "PUNCTUATION", "SPECIAL", "AdaptiveCache", "cache_bytes", "decode_step",
-    "prefill", "profile_heads",
+    "POLICIES", "PUNCTUATION", "SPECIAL", "AdaptiveCache", "decode_step", "prefill",
+    "profile_heads",
 ]  # fmt: skip
 
 SPECIAL, PUNCTUATION = 1, 2  # kinds of tokens; all others are 0
@@ -71,34 +66,22 @@ POLICIES = (  # the paper's five, from the cheapest on, and then its fixed ones
     "local", "frequent", "frequent+local",
 )  # fmt: skip
 Ratio = Float[ArrayLike, ""] | float
+Limits = tuple[Array, Array, Array]  # scores `[B, K, S]`, r_f and the window `[B, K]`
 
 
 class AdaptiveCache(NamedTuple):
-    """What each head has kept, in any order; of a stack with an axis of depth first.
+    """What each head has kept, in any order; of a stack with an axis of depth first."""
 
-    Attributes:
-        keys: `[B, K, S, H]`, rotated.
-        values: likewise.
-        positions: int32 `[B, K, S]`, place in the text; -1: the slot is free.
-        kinds: int32 `[B, K, S]`, 0, SPECIAL or PUNCTUATION.
-        scores: `[B, K, S]`, attention that the token got from all queries so far.
-        policy: int32 `[B, K]`, an index of POLICIES.
-        ratio: `[B, K]`, r_f.
-        window: int32 `[B, K]`, r_l P in tokens.
-        recovered: `[B, K]`, attention on the prompt that the policy keeps, in [0, 1].
-        lengths: int32 `[B]`, tokens that were read.
-    """
-
-    keys: Array
-    values: Array
-    positions: Array
-    kinds: Array
-    scores: Array
-    policy: Array
-    ratio: Array
-    window: Array
-    recovered: Array
-    lengths: Array
+    keys: Array  # [B, K, S, H], rotated
+    values: Array  # likewise
+    positions: Array  # int32 [B, K, S], place in the text; -1: the slot is free
+    kinds: Array  # int32 [B, K, S], 0, SPECIAL or PUNCTUATION
+    scores: Array  # [B, K, S], attention that the token got from all queries so far
+    policy: Array  # int32 [B, K], an index of POLICIES
+    ratio: Array  # [B, K], r_f
+    window: Array  # int32 [B, K], r_l P in tokens
+    recovered: Array  # [B, K], attention on the prompt that the policy keeps, in [0, 1]
+    lengths: Array  # int32 [B], tokens that were read
 
 
 @typed
@@ -129,19 +112,19 @@ def profile_heads(
     Raises:
         ValueError: a ratio is out of range.
 
-    A head whose queries look at token 0, which is special, and at themselves:
-
     >>> attention = 0.5 * jnp.eye(4).at[:, 0].add(1.0).at[0, 0].set(2.0)
-    >>> kinds = jnp.array([[SPECIAL, 0, 0, 0]])
+    >>> kinds = jnp.array([[SPECIAL, 0, 0, 0]])  # all look at it and at themselves
     >>> recovered, aux = profile_heads(attention[None, None], kinds)
     >>> POLICIES[int(aux["policy"][0, 0])], recovered.tolist()
     ('special', [[1.0]])
     """
-    _check_ratios(recovery, frequent_ratio, local_ratio)
+    check_range("recovery", recovery, low=0.0, high=1.0)
+    check_range("frequent_ratio", frequent_ratio, low=0.0, high=1.0)
+    check_range("local_ratio", local_ratio, low=0.0, high=1.0)
     attention, kinds = as_float32(attention), jnp.asarray(kinds)
     scores = jnp.sum(attention, axis=-2)
     heads, limits = scores.shape[:2], _limits(scores, frequent_ratio, local_ratio)
-    lost = [_lost(attention, kinds, jnp.full(heads, c), *limits) for c in range(5)]
+    lost = [_lost(attention, kinds, jnp.full(heads, c), limits) for c in range(5)]
     lost = jnp.stack(lost, axis=-1)
     # Of the lost and not of the kept: 1 - 1e-9 is 1 in float32.
     policy = jnp.argmax(lost <= 1.0 - recovery, axis=-1).astype(jnp.int32)
@@ -161,14 +144,13 @@ def prefill(
     """Attention over a prompt, and the cache that each head keeps of it (algorithm 1).
 
     Args:
-        q: queries, rotated, `[B, P, N, H]`; in them and in keys numbers beyond 1e5
-            count as 1e5.
+        q: queries, rotated, `[B, P, N, H]`, with the limits of `slot_attention`.
         k: keys, `[B, P, K, H]`, K a divisor of N. Query heads that share a key head
             share its cache: their maps are averaged.
         v: values, likewise.
         kinds: of the tokens, 0, SPECIAL or PUNCTUATION.
-        slots: of each head. P plus the tokens to come is always enough; the keys of a
-            head that has more entries are NaN.
+        slots: of each head, used again after evictions: one more than it ever has
+            entries, at most P plus the tokens to come. Keys that do not fit are NaN.
         recovery: T of `profile_heads`, as the ratios.
         frequent_ratio: r_f.
         local_ratio: r_l.
@@ -187,25 +169,23 @@ def prefill(
     [[3, 8]]
     """
     check_range("slots", slots, low=1)
-    q, k, v = (jnp.moveaxis(as_float32(x), 2, 1) for x in (q, k, v))
+    k, v = (jnp.moveaxis(as_float32(x), 2, 1) for x in (k, v))
     length = k.shape[2]
-    mixed, attention = _attended(q, k, v, jnp.tri(length, dtype=bool)[None, None])
-    recovered, aux = profile_heads(
-        attention, kinds, recovery=recovery, frequent_ratio=frequent_ratio,
-        local_ratio=local_ratio,
-    )  # fmt: skip
+    visible = jnp.broadcast_to(jnp.tri(length, dtype=bool), (*k.shape[:3], length))
+    mixed, attention = slot_attention(q, k, v, visible)
+    ratios = {"frequent_ratio": frequent_ratio, "local_ratio": local_ratio}
+    recovered, aux = profile_heads(attention, kinds, recovery=recovery, **ratios)
     scores, kinds = aux["scores"], jnp.asarray(kinds, jnp.int32)
-    _, ratio, window = _limits(scores, frequent_ratio, local_ratio)
+    limits = _limits(scores, **ratios)
     if policy is not None:
         aux["policy"] = policy = jnp.asarray(policy, jnp.int32)
         check_range("policy", jnp.min(policy), low=0)
         check_range("policy", jnp.max(policy), high=len(POLICIES) - 1)
-        recovered = 1.0 - _lost(attention, kinds, policy, scores, ratio, window)
-
+        recovered = 1.0 - _lost(attention, kinds, policy, limits)
     lengths = jnp.full(len(k), length, jnp.int32)
     kinds = jnp.broadcast_to(kinds[:, None], scores.shape)
     places = jnp.broadcast_to(jnp.arange(length)[None, None], scores.shape)
-    keep = _kept(aux["policy"], kinds, places, scores, lengths, ratio, window)
+    keep = _kept(aux["policy"], kinds, places, lengths, limits)
     # A head whose entries do not fit must not go on with some of them.
     fits = (jnp.sum(keep, axis=-1) <= slots)[..., None, None]
     order = jnp.argsort(~keep, axis=-1)[..., :slots]
@@ -216,10 +196,10 @@ def prefill(
         x = jnp.take_along_axis(x, index, axis=2)
         return jnp.pad(x, room, constant_values=empty)
 
-    return jnp.moveaxis(mixed, 1, 2), AdaptiveCache(
+    return mixed, AdaptiveCache(
         packed(jnp.where(fits, k, jnp.nan)), packed(v),
         packed(jnp.where(keep, places, -1), -1), packed(kinds), packed(scores),
-        aux["policy"], ratio, window, recovered, lengths,
+        aux["policy"], *limits[1:], recovered, lengths,
     )  # fmt: skip
 
 
@@ -228,9 +208,8 @@ def decode_step(
     q: Float[ArrayLike, "batch 1 heads width"],
     k: Float[ArrayLike, "batch 1 key_heads width"],
     v: Float[ArrayLike, "batch 1 key_heads width"],
-    kinds: Int[ArrayLike, "batch 1"],
-    cache: AdaptiveCache,
-) -> tuple[Float[Array, "batch 1 heads width"], AdaptiveCache]:
+    kinds: Int[ArrayLike, "batch 1"], cache: AdaptiveCache,
+) -> tuple[Float[Array, "batch 1 heads width"], AdaptiveCache]:  # fmt: skip
     """One more token: it enters, attends, and each head evicts (algorithm 2).
 
     Of n tokens so far the ceil(r_f n) with the largest sum of attention are frequent;
@@ -253,7 +232,7 @@ def decode_step(
     >>> cache.positions.tolist(), new.positions.tolist()
     ([[[5, 6, 7, -1]]], [[[-1, 6, 7, 8]]])
     """
-    q, k, v = (jnp.moveaxis(as_float32(x), 2, 1) for x in (q, k, v))
+    k, v = (jnp.moveaxis(as_float32(x), 2, 1) for x in (k, v))
     is_taken = cache.positions >= 0
     slot = jnp.argmin(is_taken, axis=-1, keepdims=True)  # the first that is free
     is_new = jnp.arange(is_taken.shape[-1])[None, None] == slot
@@ -262,66 +241,25 @@ def decode_step(
     values = jnp.where(is_new[..., None], v, cache.values)
     kind = jnp.where(is_new, jnp.asarray(kinds, jnp.int32)[:, None], cache.kinds)
     places = jnp.where(is_new, cache.lengths[:, None, None], cache.positions)
-    mixed, attention = _attended(q, keys, values, (places >= 0)[:, :, None])
+    mixed, attention = slot_attention(q, keys, values, (places >= 0)[:, :, None])
     scores = jnp.where(is_new, 0.0, cache.scores) + attention[:, :, 0]
-    lengths, limits = cache.lengths + 1, (cache.ratio, cache.window)
-    keep = _kept(cache.policy, kind, places, scores, lengths, *limits)
-    return jnp.moveaxis(mixed, 1, 2), AdaptiveCache(
-        keys, values, jnp.where(keep, places, -1), kind, scores, cache.policy, *limits,
-        cache.recovered, lengths,
+    lengths, limits = cache.lengths + 1, (scores, cache.ratio, cache.window)
+    keep = _kept(cache.policy, kind, places, lengths, limits)
+    return mixed, cache._replace(
+        keys=keys, values=values, positions=jnp.where(keep, places, -1), kinds=kind,
+        scores=scores, lengths=lengths,
     )  # fmt: skip
 
 
-@typed
-def cache_bytes(
-    entries: Int[ArrayLike, "*heads"], *, width: int, itemsize: int = 2
-) -> Float[Array, ""]:
-    """What keys and values take, without scores and positions: 2 H itemsize entries.
-
-    Args:
-        entries: of each head, as by `sum(cache.positions >= 0, axis=-1)`.
-        width: H, features of a head.
-        itemsize: bytes of a number.
-
-    Returns:
-        Bytes of all heads, float32 scalar.
-
-    >>> float(cache_bytes(jnp.array([3, 8]), width=64))
-    2816.0
-    """
-    check_range("width", width, low=1)
-    check_range("itemsize", itemsize, low=1)
-    return 2.0 * width * itemsize * jnp.sum(jnp.asarray(entries, jnp.float32))
-
-
-def _attended(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
-    """Mixed values `[B, N, T, H]`, and maps `[B, K, T, S]`, the means over a group."""
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"argument 'q' has {q.shape[1]} heads, expected a multiple of those of "
-            f"'k', {k.shape[1]}."
-        )
-    # The limits keep products of extreme numbers, and their gradients, finite.
-    grouped = jnp.clip(q, -1e5, 1e5).reshape(*k.shape[:2], -1, *q.shape[2:])
-    logits = jnp.einsum("bkgth,bksh->bkgts", grouped, jnp.clip(k, -1e5, 1e5))
-    # A program may compute a logit twice, apart by its rounding: exp must not see that.
-    logits = jnp.clip(logits / math.sqrt(q.shape[-1]), -1e7, 1e7)
-    logits = jnp.where(visible[:, :, None], logits, jnp.finfo(logits.dtype).min / 2)
-    weights = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum("bkgts,bksh->bkgth", weights, v).reshape(q.shape)
-    return mixed, jnp.mean(weights, axis=2)
-
-
 def _has(part: str, policy: Array) -> Array:
-    found = np.array([part in name.split("+") for name in POLICIES])
-    return jnp.asarray(found)[policy][..., None]
+    return jnp.array([part in name.split("+") for name in POLICIES])[policy][..., None]
 
 
 def _kept(
-    policy: Array, kinds: Array, positions: Array, scores: Array, lengths: Array,
-    ratio: Array, window: Array,
-) -> Array:  # fmt: skip
+    policy: Array, kinds: Array, positions: Array, lengths: Array, limits: Limits
+) -> Array:
     """Which slots `[B, K, S]` stay when `lengths` tokens were read."""
+    scores, ratio, window = limits
     order = jnp.argsort(jnp.where(positions >= 0, -scores, jnp.inf), axis=-1)
     rank = jnp.argsort(order, axis=-1)  # 0 for the largest score
     count = lengths[:, None, None]
@@ -332,25 +270,22 @@ def _kept(
     return keep & (positions >= 0)
 
 
-def _lost(
-    attention: Array, kinds: Array, policy: Array, scores: Array, ratio: Array,
-    window: Array,
-) -> Array:  # fmt: skip
+def _lost(attention: Array, kinds: Array, policy: Array, limits: Limits) -> Array:
     """Attention `[B, K]` of the mean query on keys that a policy does not keep."""
-    length = attention.shape[-1]
+    (scores, _, window), length = limits, attention.shape[-1]
     places = jnp.broadcast_to(jnp.arange(length)[None, None], scores.shape)
-    lengths, none = jnp.full(len(scores), length), jnp.zeros_like(window)
-    columns = _kept(policy, kinds[:, None], places, scores, lengths, ratio, none)
+    lengths, none = jnp.full(len(scores), length), (*limits[:2], jnp.zeros_like(window))
+    columns = _kept(policy, kinds[:, None], places, lengths, none)
     distance = places[..., None] - places[:, :, None]
     near = _has("local", policy)[..., None] & (distance <= window[..., None, None])
     kept = columns[:, :, None] | near | (distance == 0)
     return jnp.sum(jnp.where(kept, 0.0, attention), axis=(-2, -1)) / length
 
 
-def _limits(scores: Array, frequent: Ratio, local: Ratio) -> tuple[Array, ...]:
+def _limits(scores: Array, frequent_ratio: Ratio, local_ratio: Ratio) -> Limits:
     heads, length = scores.shape[:2], scores.shape[2]
-    window = jnp.full(heads, _rounded_up(jnp.asarray(local) * length))
-    return scores, jnp.full(heads, frequent, scores.dtype), window
+    window = jnp.full(heads, _rounded_up(jnp.asarray(local_ratio) * length))
+    return scores, jnp.full(heads, frequent_ratio, scores.dtype), window
 
 
 def _rounded_up(x: Array) -> Array:
@@ -358,27 +293,16 @@ def _rounded_up(x: Array) -> Array:
     return jnp.ceil(x - 1e-4).astype(jnp.int32)
 
 
-def _check_ratios(recovery: Ratio, frequent_ratio: Ratio, local_ratio: Ratio) -> None:
-    check_range("recovery", recovery, low=0.0, high=1.0)
-    check_range("frequent_ratio", frequent_ratio, low=0.0, high=1.0)
-    check_range("local_ratio", local_ratio, low=0.0, high=1.0)
-
-
 def _tokens(key: Array, length: int) -> tuple[Array, ...]:
     q, k, v = 1.5 * jax.random.normal(key, (3, 2, length, 4, 8))
-    return (
-        q,
-        k[:, :, :2],
-        v[:, :, :2],
-        jnp.tile(jnp.array([1, 2] * 4), (2, 1))[:, :length],
-    )
+    kinds = jnp.tile(jnp.array([1, 2] * 4), (2, 1))
+    return q, k[:, :, :2], v[:, :, :2], kinds[:, :length]
 
 
 def _profile_example(key: Array):
-    logits = jnp.where(
-        jnp.tri(8, dtype=bool), jax.random.normal(key, (2, 4, 8, 8)), -99
-    )
-    return (jax.nn.softmax(logits), _tokens(key, 8)[3]), {"recovery": 0.6}
+    logits = jax.random.normal(key, (2, 4, 8, 8))
+    attention = jax.nn.softmax(jnp.where(jnp.tri(8, dtype=bool), logits, -99))
+    return (attention, _tokens(key, 8)[3]), {"recovery": 0.6}
 
 
 def _decode_example(key: Array):
@@ -391,5 +315,4 @@ EXAMPLES = {
     profile_heads: _profile_example,
     prefill: lambda key: (_tokens(key, 8), {"slots": 12, "recovery": 0.6}),
     decode_step: _decode_example,
-    cache_bytes: lambda key: ((jax.random.randint(key, (2, 8), 0, 9),), {"width": 16}),
 }

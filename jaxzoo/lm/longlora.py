@@ -16,9 +16,7 @@ embeddings and norms as they are ("LoRA+"):
     trainable = longlora_params(key, params)
     loss = lambda trainable: model_loss(merge_longlora(params, trainable), tokens)
 
-    def attend(q, k, v, cache):
-        return s2_attention(q, k, v, group=128), cache
-
+    attend = lambda q, k, v, cache: (s2_attention(q, k, v, group=128), cache)
     body = Transformer(64, 2, 4, frequencies=frequencies, attend=attend)
 
 where `frequencies` are those of position interpolation. The same without a matrix of
@@ -55,36 +53,26 @@ PAPER = {
 }
 
 __all__ = [
-    "LongLoRAParams",
-    "forward_flops",
-    "longlora_params",
-    "merge_longlora",
+    "LongLoRAParams", "forward_flops", "longlora_params", "merge_longlora",
     "s2_attention",
-]
+]  # fmt: skip
 
 
 class LongLoRAParams(NamedTuple):
-    """What is tuned, by the names of the model's parameters.
+    """What is tuned, by the names of the model's parameters."""
 
-    Attributes:
-        low_rank: A `[..., in, rank]` and B `[..., rank, out]` of each kernel.
-        whole: embeddings and norms as they are; empty for plain LoRA.
-    """
-
+    # A `[..., in, rank]` and B `[..., rank, out]` of each kernel.
     low_rank: dict[str, tuple[Array, Array]]
-    whole: dict[str, Array]
+    whole: dict[str, Array]  # embeddings and norms as they are; empty for plain LoRA
 
 
 @typed
 def s2_attention(
     q: Float[ArrayLike, "batch length heads width"],
     k: Float[ArrayLike, "batch length key_heads width"],
-    v: Float[ArrayLike, "batch length key_heads width"],
-    *,
-    group: int,
-    is_shifted: bool = True,
-    convention: Literal["released", "paper"] = "released",
-) -> Float[Array, "batch length heads width"]:
+    v: Float[ArrayLike, "batch length key_heads width"], *, group: int,
+    is_shifted: bool = True, convention: Literal["released", "paper"] = "released",
+) -> Float[Array, "batch length heads width"]:  # fmt: skip
     """Causal attention within groups, which half of the heads have moved by half.
 
     softmax over s <= t of the group of t:  q_t . k_s / sqrt(H)
@@ -138,14 +126,13 @@ def s2_attention(
         moved(x, -half).reshape(batch, count, group, heads, width)
         for x in (_bounded(q), _bounded(k), v)
     )
-    place = jnp.arange(group)
-    rows, columns = place[:, None], place[None]
+    rows, columns = jnp.arange(group)[:, None], jnp.arange(group)[None]
     counts = (columns <= rows)[None, None]
     if is_shifted and convention == "released":
         is_last = jnp.arange(count) == count - 1
         wraps = is_last[:, None] & (jnp.arange(heads) >= heads // 2)[None]
-        wraps = wraps[:, :, None, None]
-        counts = counts & ~(wraps & ((rows >= half) & (columns < half))[None, None])
+        cut = ((rows >= half) & (columns < half))[None, None]
+        counts = counts & ~(wraps[:, :, None, None] & cut)
     logits = jnp.einsum("bcthd,bcshd->bchts", q, k) / jnp.sqrt(float(width))
     logits = jnp.where(counts[None], logits, -jnp.inf)
     mixed = jnp.einsum("bchts,bcshd->bcthd", jax.nn.softmax(logits, axis=-1), v)
@@ -154,13 +141,10 @@ def s2_attention(
 
 @typed
 def longlora_params(
-    key: Key[Array, ""],
-    params: PyTree[Float[ArrayLike, "..."]],
-    *,
-    rank: int = 8,
+    key: Key[Array, ""], params: PyTree[Float[ArrayLike, "..."]], *, rank: int = 8,
     targets: tuple[str, ...] = ("query", "key", "value", "out"),
     whole: tuple[str, ...] = ("embed", "norm"),
-) -> LongLoRAParams:
+) -> LongLoRAParams:  # fmt: skip
     """What LongLoRA tunes of a model; with B = 0 the model is what it was.
 
     A ~ U(-1/sqrt(in), 1/sqrt(in)),  B = 0
@@ -209,11 +193,9 @@ def longlora_params(
 
 @typed
 def merge_longlora(
-    params: PyTree[Float[ArrayLike, "..."]],
-    trainable: LongLoRAParams,
-    *,
+    params: PyTree[Float[ArrayLike, "..."]], trainable: LongLoRAParams, *,
     alpha: float = 16.0,
-) -> PyTree[Float[Array, "..."]]:
+) -> PyTree[Float[Array, "..."]]:  # fmt: skip
     """The model with what was tuned in it: to compute a loss, or to keep.
 
     W + (alpha / rank) A B
@@ -256,14 +238,9 @@ def merge_longlora(
 
 @typed
 def forward_flops(
-    lengths: Int[ArrayLike, "*batch"],
-    *,
-    width: int,
-    depth: int,
-    hidden: int,
-    vocabulary: int,
-    group: int | None = None,
-) -> tuple[Float[Array, "*batch"], dict[str, Array]]:
+    lengths: Int[ArrayLike, "*batch"], *,
+    width: int, depth: int, hidden: int, vocabulary: int, group: int | None = None,
+) -> tuple[Float[Array, "*batch"], dict[str, Array]]:  # fmt: skip
     """Floating point operations by which a Llama reads one sequence, as in the paper.
 
     attention 4 T min(G, T) D L, projections 8 T D^2 L, SwiGLU 6 T D F L, head 2 T D V
@@ -315,11 +292,6 @@ def _bounded(x: Array) -> Array:
     return x * (limit / jnp.maximum(largest, limit))
 
 
-def _tokens(key: Array) -> tuple[Array, ...]:
-    keys = jax.random.split(key, 3)
-    return tuple(jax.random.normal(k, (2, 8, 4, 4)) for k in keys)
-
-
 def _model(key: Array) -> dict[str, Any]:
     kernel = jax.random.normal(key, (2, 8, 4))
     return {"query": {"kernel": kernel}, "norm": {"scale": jnp.ones((2, 8))}}
@@ -327,18 +299,19 @@ def _model(key: Array) -> dict[str, Any]:
 
 def _merge_example(key: Array):
     # One kernel alone is a tree too; its name is empty.
-    keys = jax.random.split(key)
     factors = (jnp.ones((8, 2)), 0.1 * jnp.ones((2, 4)))
-    kernel = jax.random.normal(keys[0], (8, 4))
+    kernel = jax.random.normal(key, (8, 4))
     return (kernel, LongLoRAParams({"": factors}, {})), {"alpha": 4.0}
 
 
 EXAMPLES = {
-    s2_attention: lambda key: (_tokens(key), {"group": 4}),
+    s2_attention: lambda key: (
+        tuple(jax.random.normal(key, (3, 2, 8, 4, 4))), {"group": 4}
+    ),
     longlora_params: lambda key: ((key, _model(jax.random.key(1))), {"rank": 2}),
     merge_longlora: _merge_example,
     forward_flops: lambda key: (
         (jax.random.randint(key, (8,), 1, 64),),
         {"width": 8, "depth": 2, "hidden": 24, "vocabulary": 256, "group": 16},
     ),
-}
+}  # fmt: skip

@@ -3,23 +3,18 @@
 With head size H, a trained context L and pairs i of frequency f_i = base^(-2i/H), a
 token at place n is turned by
 
-    n f_i            for n < n_hat, the first tokens
-    n f_i / l_i      for the others,  1 <= l_1 <= l_2 <= ... <= l_(H/2)
+    n f_i  for n < n_hat,   n f_i / l_i  for the others,   1 <= l_1 <= ... <= l_(H/2)
 
 (l, n_hat) come from an evolutionary search: it begins with the factors of position
 interpolation, NTK and YaRN and with mutations of them, keeps the best ones by the loss
-on long texts, and makes children that are in order too:
-
-    mutation     a gene is drawn anew between the two beside it
-    crossover    a gene of the other parent is taken where it keeps the order
+on long texts, and makes children that are in order too: a mutation draws some genes
+anew, each between the two beside it, and a crossover takes genes of the other parent
+where they keep the order.
 
     seeds = jnp.stack([plain / f for f in (interpolated, ntk, yarn)])
     factors, aux = evolve(key, loss, seeds, largest=1.25 * 4)
-
-    def frequencies(places):                                      # [B, T]
-        return longrope_frequencies(places, factors, aux["start"])
-
-    body = Transformer(64, 2, 4, frequencies=frequencies)
+    speeds = lambda places: longrope_frequencies(places, factors, aux["start"])
+    body = Transformer(64, 2, 4, frequencies=speeds)
 
 To go further, tune at that length and search again on what was tuned; and for short
 texts search once more, and let `choose_factors` take the row for the length.
@@ -63,12 +58,9 @@ STARTS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 
 @typed
 def longrope_frequencies(
-    places: Int[ArrayLike, "*batch"],
-    factors: Float[ArrayLike, " half"],
-    start: Int[ArrayLike, ""] | int = 0,
-    *,
-    base: float = 10000.0,
-) -> Float[Array, "*batch half"]:
+    places: Int[ArrayLike, "*batch"], factors: Float[ArrayLike, " half"],
+    start: Int[ArrayLike, ""] | int = 0, *, base: float = 10000.0,
+) -> Float[Array, "*batch half"]:  # fmt: skip
     """Radians by which each pair of each token turns per place.
 
     base^(-2i/H) for n < n_hat,  base^(-2i/H) / l_i  for the others
@@ -96,29 +88,18 @@ def longrope_frequencies(
     half = factors.shape[0]
     plain = base ** (-jnp.arange(half, dtype=factors.dtype) / half)
     is_first = jnp.asarray(places) < jnp.asarray(start)
-    shape = (*is_first.shape, half)
-    return jnp.where(
-        jnp.broadcast_to(is_first[..., None], shape),
-        jnp.broadcast_to(plain, shape),
-        jnp.broadcast_to(plain / factors, shape),
-    )
+    row = (None,) * is_first.ndim
+    return jnp.where(is_first[..., None], plain[row], (plain / factors)[row])
 
 
 @typed
 def evolve(
-    key: Key[Array, ""],
-    fitness: Callable[[Array, Array], Any],
-    seeds: Float[ArrayLike, "seeds half"],
-    *,
-    largest: float,
-    starts: tuple[Any, ...] = STARTS,
-    population: int = 64,
-    iterations: int = 40,
-    num_parents: int = 32,
-    num_mutations: int = 16,
-    num_crossovers: int = 16,
-    rate: float = 0.3,
-) -> tuple[Float[Array, " half"], dict[str, Array]]:
+    key: Key[Array, ""], fitness: Callable[[Array, Array], Any],
+    seeds: Float[ArrayLike, "seeds half"], *,
+    largest: float, starts: tuple[Any, ...] = STARTS, population: int = 64,
+    iterations: int = 40, num_parents: int = 32, num_mutations: int = 16,
+    num_crossovers: int = 16, rate: float = 0.3,
+) -> tuple[Float[Array, " half"], dict[str, Array]]:  # fmt: skip
     """Searches factors in ascending order, and how many first tokens go without them.
 
     argmin fitness(l, n_hat)  over  1 <= l_1 <= ... <= l_(H/2) <= largest
@@ -128,19 +109,15 @@ def evolve(
 
     Args:
         key: a typed key, consumed.
-        fitness: `(factors [H/2], start) -> loss`, lower is better; NaN is worst. Such
-            as the loss on long texts of a model with `longrope_frequencies`.
-        seeds: factors to begin with, `[S, H/2]`, in ascending order; their start is 0,
-            and what is below 1 or above `largest` is brought there.
-        largest: >= 1; the paper's is 1.25 times the extension, the released code's one
-            more than it.
+        fitness: `(factors [H/2], start) -> loss`, as on long texts; NaN is the worst.
+        seeds: `[S, H/2]`, ascending, cut to [1, largest]: the first, with start 0.
+        largest: >= 1; the paper's is 1.25 times the extension, the released 1 + that.
         starts: choices for n_hat, whole numbers >= 0.
         population: individuals at first, >= S: mutations of the seeds beside them.
         iterations: rounds of choice, mutation and crossover, >= 1.
         num_parents: the best, which are kept and have children, in [2, population].
         num_mutations: children of one parent in each round, >= 1.
-        num_crossovers: children of two, >= 1; where they equal the better parent, they
-            are a mutation of it.
+        num_crossovers: children of two, >= 1; if equal to the better one, a mutation.
         rate: probability that a gene changes, in [0, 1]; of mutations one does anyway.
 
     Returns:
@@ -151,8 +128,7 @@ def evolve(
         ValueError: a number is out of range; names it.
 
     >>> target = jnp.array([1.0, 1.5, 4.0, 4.0])
-    >>> def fitness(factors, start):
-    ...     return jnp.sum(jnp.square(factors - target)) + jnp.abs(start - 4)
+    >>> fitness = lambda factors, n: jnp.sum((factors - target) ** 2) + jnp.abs(n - 4)
     >>> seeds = jnp.array([[4.0, 4.0, 4.0, 4.0], [1.0, 1.6, 2.5, 4.0]])
     >>> search = jax.jit(lambda key: evolve(key, fitness, seeds, largest=5.0))
     >>> factors, aux = search(jax.random.key(0))
@@ -226,40 +202,26 @@ def evolve(
         some, others = first[:num_mutations], first[num_mutations:]
         pairs = jnp.stack([others, (others + step[num_mutations:]) % num_parents], 1)
         pairs = jnp.sort(pairs, axis=1)
-        some = jax.vmap(mutated)(
-            noise[:num_mutations, half + 1 :], factors[some], start[some]
-        )
+        own = noise[:num_mutations, half + 1 :]
+        some = jax.vmap(mutated)(own, factors[some], start[some])
         others = jax.vmap(crossed)(noise[num_mutations:], factors[pairs], start[pairs])
-        children = [jnp.concatenate(x) for x in zip(some, others, strict=True)]
-        everyone = (*children, measured(*children))
-        parents = best(
-            *(jnp.concatenate(x) for x in zip(parents, everyone, strict=True))
-        )
+        children = _joined(some, others)
+        parents = best(*_joined(parents, (*children, measured(*children))))
         return parents, parents[2][0]
 
     keys = jax.random.split(key)
-    zeros = jnp.zeros(len(seeds), jnp.int32)
-    rest = population - len(seeds)
-    more = jax.vmap(mutated)(
-        jax.random.uniform(keys[0], (rest, 2 * half + 3), seeds.dtype),
-        seeds[jnp.arange(rest) % len(seeds)],
-        jnp.zeros(rest, jnp.int32),
-    )
-    factors, start = (
-        jnp.concatenate(x) for x in zip((seeds, zeros), more, strict=True)
-    )
+    zeros, rest = jnp.zeros(population, jnp.int32), population - len(seeds)
+    noise = jax.random.uniform(keys[0], (rest, 2 * half + 3), seeds.dtype)
+    copies = seeds[jnp.arange(rest) % len(seeds)]
+    more = jax.vmap(mutated)(noise, copies, zeros[:rest])
+    factors, start = _joined((seeds, zeros[rest:]), more)
     losses = measured(factors, start)
     parents = best(factors, start, losses)
-    first = parents[2][:1]
-    parents, history = jax.lax.scan(
-        round_of, parents, jax.random.split(keys[1], iterations)
-    )
-    return parents[0][0], {
-        "start": parents[1][0],
-        "loss": parents[2][0],
-        "seed_losses": losses[: len(seeds)],
-        "history": jnp.concatenate([first, history]),
-    }
+    first, keys = parents[2][:1], jax.random.split(keys[1], iterations)
+    parents, history = jax.lax.scan(round_of, parents, keys)
+    factors, start, loss = (x[0] for x in parents)
+    aux = {"start": start, "loss": loss, "seed_losses": losses[: len(seeds)]}
+    return factors, aux | {"history": jnp.concatenate([first, history])}
 
 
 @typed
@@ -283,10 +245,9 @@ def choose_factors(
         TypeError: shapes do not fit.
 
     >>> table = jnp.array([[1.0, 1.0], [1.0, 4.0]])
-    >>> choose_factors(jnp.array([100, 129, 9999]), jnp.array([128, 512]), table)[0]
-    Array([[1., 1.],
-           [1., 4.],
-           [1., 4.]], dtype=float32)
+    >>> lengths, limits = jnp.array([100, 129, 9999]), jnp.array([128, 512])
+    >>> choose_factors(lengths, limits, table)[0].tolist()
+    [[1.0, 1.0], [1.0, 4.0], [1.0, 4.0]]
     """
     limits = jnp.asarray(limits)
     index = jnp.searchsorted(limits, jnp.asarray(lengths).astype(limits.dtype))
@@ -323,33 +284,35 @@ def attention_scale(
     return jnp.sqrt(1.0 + jnp.log(s) / jnp.log(float(trained_length)))
 
 
+def _joined(some: Any, more: Any) -> list[Array]:
+    return [jnp.concatenate(pair) for pair in zip(some, more, strict=True)]
+
+
+def _ascending(key: Array, *rows: int) -> Array:
+    draws = jax.random.uniform(key, (*rows, 8), minval=1.2, maxval=3.8)
+    return jnp.sort(draws, axis=-1)
+
+
 def _evolve_example(key: Array):
     def fitness(factors: Array, start: Array) -> Array:
         target = jnp.linspace(1.0, 4.0, 8)
         return jnp.sum(jnp.square(jnp.log(factors / target))) + 0.01 * start
 
-    seeds = jnp.sort(jax.random.uniform(key, (2, 8), minval=1.2, maxval=3.8), axis=1)
     sizes = {"population": 6, "num_parents": 4, "num_mutations": 3, "iterations": 3}
-    return (key, fitness, seeds), sizes | {"largest": 5.0, "num_crossovers": 3}
-
-
-def _frequencies_example(key: Array):
-    factors = jnp.sort(jax.random.uniform(key, (8,), minval=1.0, maxval=4.0))
-    places = jnp.broadcast_to(jnp.arange(8)[None], (2, 8))
-    return (places, factors, jnp.array(3)), {}
-
-
-def _table_example(key: Array):
-    table = jnp.sort(jax.random.uniform(key, (2, 8), minval=1.0, maxval=4.0), axis=1)
-    return (jnp.arange(1, 9) * 8, jnp.array([16, 64]), table), {}
+    knobs = sizes | {"largest": 5.0, "num_crossovers": 3}
+    return (key, fitness, _ascending(key, 2)), knobs
 
 
 EXAMPLES = {
-    longrope_frequencies: _frequencies_example,
+    longrope_frequencies: lambda key: (
+        (jnp.tile(jnp.arange(8), (2, 1)), _ascending(key), jnp.array(3)), {}
+    ),
     evolve: _evolve_example,
-    choose_factors: _table_example,
+    choose_factors: lambda key: (
+        (jnp.arange(1, 9) * 8, jnp.array([16, 64]), _ascending(key, 2)), {}
+    ),
     attention_scale: lambda key: (
         (jax.random.uniform(key, (8,), minval=1.5, maxval=8.0),),
         {"trained_length": 128},
     ),
-}
+}  # fmt: skip

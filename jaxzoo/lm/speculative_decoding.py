@@ -6,12 +6,9 @@ A small model drafts x_1 .. x_G from q, the large one scores them in one call, a
     the first that is not is drawn again from max(p - q, 0) / sum max(p - q, 0);
     if all are kept, one more comes from p.
 
-Whatever q is, the tokens have the distribution p. A draft is kept with probability
-a = sum min(p, q) = 1 - TV(p, q), so that a call of the large model gives, if the a of
-successive tokens are independent,
-
-    1 + a + .. + a^G = (1 - a^(G+1)) / (1 - a)
-
+Whatever q is, the tokens have the distribution p (`jaxzoo.nn.draft_acceptance`). A
+draft is kept with probability a = sum min(p, q) = 1 - TV(p, q), so that a call of the
+large model gives, if the a of successive tokens are independent, 1 + a + .. + a^G
 tokens. Two transformers with a cache each:
 
     text, aux = speculative_decode(
@@ -20,8 +17,8 @@ tokens. Two transformers with a cache each:
 
 Rows of a batch keep different numbers of drafts: each goes on from its own length, and
 what was read too much is forgotten by making the lengths of the caches smaller. With
-`branches` the draft writes several continuations, a tree that begins in one place, of
-which the first token that is kept decides who goes on (`tree_accept`).
+`branches` the draft writes several continuations, of which the first token that is kept
+decides who goes on (`tree_accept`).
 """
 
 from collections.abc import Callable
@@ -32,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
+from jaxzoo.nn.draft_acceptance import speculative_accept, tree_accept
 
 PAPER = {
     "slug": "speculative_decoding",
@@ -39,9 +37,10 @@ PAPER = {
     "arxiv": "2211.17192",
     "year": 2023,
     "authors": "Yaniv Leviathan, Matan Kalman, Yossi Matias",
-    "where": "Algorithm 1, section 2.2 (adjusted p and q), theorem 3.5 and corollary "
-    "3.6 (acceptance), equation 1, theorem 3.8 and section 3.5 (the best number of "
-    "drafts), the n-gram drafts of section 3.6.",
+    "where": "Algorithm 1 (its step in jaxzoo.nn.draft_acceptance), section 2.2 "
+    "(adjusted p and q, jaxzoo.nn.generate), theorem 3.5 and corollary 3.6 "
+    "(acceptance), equation 1, theorem 3.8 and section 3.5 (the best number of "
+    "drafts), the n-gram drafts of section 3.6 (jaxzoo.nn.ngrams).",
     "differs": "The paper's implementation is not published; this follows its text. "
     "In a round the first call of the draft reads two tokens, so that no call is spent "
     "on the last one that it wrote, and prompts have at least two. Trees of drafts, "
@@ -55,60 +54,9 @@ PAPER = {
     "independent.",
 }
 
-__all__ = [
-    "acceptance_rate",
-    "adjusted_log_probs",
-    "expected_tokens",
-    "ngram_log_probs",
-    "speculative_accept",
-    "speculative_decode",
-    "speed_up",
-    "tree_accept",
-]
+__all__ = ["acceptance_rate", "expected_tokens", "speculative_decode", "speed_up"]
 
 _MOST = 64
-
-
-@typed
-def adjusted_log_probs(
-    logits: Float[ArrayLike, "*batch vocabulary"],
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-) -> Float[Array, "*batch vocabulary"]:
-    """What tokens are drawn from, so that every way of drawing is one from a softmax.
-
-    log softmax(logits / temperature) over the `top_k` largest, -inf for the others
-
-    Args:
-        logits: `[..., V]`.
-        temperature: >= 0; 0 is greedy, all of the probability on the largest.
-        top_k: tokens that stay, of equal ones the first; None: all.
-
-    Returns:
-        Log probabilities in nats, float32 `[..., V]`.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    >>> logits = jnp.log(jnp.array([0.5, 0.1, 0.4]))
-    >>> jnp.exp(adjusted_log_probs(logits, temperature=0.5, top_k=2)).tolist()
-    [0.610, 0.0, 0.390]
-    """
-    check_range("temperature", temperature, low=0, below=float("inf"))
-    if top_k is not None:
-        check_range("top_k", top_k, low=1)
-    logits = as_float32(logits)
-    count = 1 if temperature == 0 else top_k
-    if count is not None and count < logits.shape[-1]:
-        _, best = jax.lax.top_k(logits, count)
-        none = jnp.zeros(logits.shape, bool)
-        keep = jnp.put_along_axis(none, best, True, axis=-1, inplace=False)
-        logits = jnp.where(keep, logits, -jnp.inf)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    # Less the largest first: a small temperature would send it to infinity.
-    logits = (logits - jax.lax.stop_gradient(largest)) / (temperature or 1.0)
-    return jax.nn.log_softmax(logits)
 
 
 @typed
@@ -131,7 +79,8 @@ def acceptance_rate(
     >>> acceptance_rate(jnp.log(p), jnp.log(q))
     Array(0.6, dtype=float32)
     """
-    log_p, log_q = _normalised(target_logits), _normalised(draft_logits)
+    log_p = jax.nn.log_softmax(as_float32(target_logits))
+    log_q = jax.nn.log_softmax(as_float32(draft_logits))
     return jnp.sum(jnp.exp(jnp.minimum(log_p, log_q)), axis=-1)
 
 
@@ -187,189 +136,6 @@ def speed_up(
 
 
 @typed
-def ngram_log_probs(
-    text: Integer[ArrayLike, " length"],
-    *,
-    vocabulary: int,
-    order: int = 2,
-    pseudocount: float = 1.0,
-) -> Float[Array, "..."]:
-    """A draft that costs nothing: n-grams of a text, smoothed by those one shorter.
-
-    p(x | c_1 c_2 ..) = (N(c x) + pseudocount p(x | c_2 ..)) / (N(c) + pseudocount)
-
-    and p(x) by the same rule from uniform.
-
-    Args:
-        text: integers in [0, V), `[T]`.
-        vocabulary: V.
-        order: n, 2 for bigrams.
-        pseudocount: what the shorter n-gram counts, > 0.
-
-    Returns:
-        log p, float32 `[V, .., V]` with n axes: contexts, oldest first, and the token.
-
-    Raises:
-        ValueError: a number is out of range.
-
-    >>> table = ngram_log_probs(jnp.array([0, 1, 0, 1, 0]), vocabulary=2)
-    >>> jnp.exp(table).tolist()  # p(0) = (3 + 0.5) / 6
-    [[0.194, 0.806], [0.861, 0.139]]
-    >>> draft = lambda state, tokens: (table[tokens], state)  # for `speculative_decode`
-    """
-    check_range("vocabulary", vocabulary, low=1)
-    check_range("order", order, low=1)
-    check_range("pseudocount", pseudocount, above=0, below=float("inf"))
-    text, length = jnp.asarray(text), text.shape[0]
-    probs = jnp.full((vocabulary,), 1 / vocabulary, jnp.float32)
-    for n in range(1, order + 1):
-        shape = (vocabulary,) * n
-        grams = tuple(text[i : max(length - n + 1, 0) + i] for i in range(n))
-        counts = jnp.zeros(shape, jnp.float32).at[grams].add(1.0, mode="drop")
-        shorter = jnp.broadcast_to(probs, shape)
-        total = jnp.sum(counts, axis=-1, keepdims=True)
-        probs = (counts + pseudocount * shorter) / (total + pseudocount)
-    return jnp.log(probs)
-
-
-@typed
-def speculative_accept(
-    key: Key[Array, ""],
-    target_logits: Float[ArrayLike, "*batch places vocabulary"],
-    draft_logits: Float[ArrayLike, "*batch drafts vocabulary"],
-    drafted: Integer[ArrayLike, "*batch drafts"],
-) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"]]:
-    """How many drafts are kept, and the token after them: together drawn from p.
-
-    Args:
-        key: a typed key, consumed.
-        target_logits: log p up to a constant, `[..., G + 1, V]`; place i follows the
-            first i drafts.
-        draft_logits: log q likewise, `[..., G, V]`, which the drafts were drawn from.
-        drafted: `[..., G]`, in [0, V).
-
-    Returns:
-        Kept drafts, int32, 0 to G, and the next token, int32: drawn from normalised
-        max(p - q, 0) after a rejection, and otherwise from p.
-
-    Raises:
-        ValueError: there is not one place more than drafts.
-
-    >>> p, q = jnp.array([[0.0, 0.0, 1.0]] * 3), jnp.array([[0.5, 0.0, 0.5]] * 2)
-    >>> kept, token = speculative_accept(
-    ...     jax.random.key(0), jnp.log(p), jnp.log(q), jnp.array([2, 0]))
-    >>> kept.item(), token.item()  # p(0) = 0
-    (1, 2)
-    """
-    if target_logits.shape[-2] != drafted.shape[-1] + 1:
-        raise ValueError(
-            f"argument 'target_logits' has {target_logits.shape[-2]} places, expected "
-            f"one more than the {drafted.shape[-1]} of 'drafted'."
-        )
-    accept_key, token_key = jax.random.split(key)
-    log_p, log_q = _normalised(target_logits), _normalised(draft_logits)
-    draft = jnp.asarray(drafted)[..., None]
-    own_p = jnp.take_along_axis(log_p[..., :-1, :], draft, axis=-1)[..., 0]
-    own_q = jnp.take_along_axis(log_q, draft, axis=-1)[..., 0]
-    # Strictly less: u = 0 must not let a token through that the target never writes.
-    log_u = jnp.log(jax.random.uniform(accept_key, drafted.shape, own_p.dtype))
-    good = log_u < own_p - own_q
-    kept = jnp.sum(jnp.cumprod(good.astype(jnp.int32), axis=-1), axis=-1)
-    # After the last draft q is 0, and max(p - q, 0) is p.
-    beyond = [(0, 0)] * (log_q.ndim - 2) + [(0, 1), (0, 0)]
-    log_q = jnp.pad(log_q, beyond, constant_values=-jnp.inf)
-    place = kept[..., None, None]
-    log_p = jnp.take_along_axis(log_p, place, axis=-2)[..., 0, :]
-    log_q = jnp.take_along_axis(log_q, place, axis=-2)[..., 0, :]
-    token = jax.random.categorical(token_key, _residual(log_p, log_q))
-    return kept.astype(jnp.int32), token.astype(jnp.int32)
-
-
-@typed
-def tree_accept(
-    key: Key[Array, ""],
-    target_logits: Float[ArrayLike, "*batch branches places vocabulary"],
-    draft_logits: Float[ArrayLike, "*batch branches drafts vocabulary"],
-    drafted: Integer[ArrayLike, "*batch branches drafts"],
-) -> tuple[Int[Array, "*batch"], Int[Array, "*batch"], Int[Array, "*batch"]]:
-    """How many drafts of which branch are kept, and the token after them: drawn from p.
-
-    At each place the tokens of the branches that agree with what was kept are tried in
-    turn, x with probability min(1, r(x) / q(x)): r is p at first, and after each that
-    is not kept max(r - q, 0), normalised. If none is, the token comes from r.
-
-    Args:
-        key: a typed key, consumed.
-        target_logits: log p up to a constant, `[..., K, G + 1, V]`; place i follows the
-            first i drafts of that branch.
-        draft_logits: log q likewise, `[..., K, G, V]`.
-        drafted: `[..., K, G]` in [0, V), branches drawn independently of each other.
-
-    Returns:
-        Kept drafts, int32, 0 to G; the next token, int32; and a branch that begins with
-        what was kept, int32.
-
-    Raises:
-        ValueError: there is not one place more than drafts.
-
-    >>> p = jnp.array([[[0.0, 0.0, 1.0]] * 2] * 2)
-    >>> q = jnp.array([[[0.5, 0.0, 0.5]]] * 2)
-    >>> found = tree_accept(
-    ...     jax.random.key(0), jnp.log(p), jnp.log(q), jnp.array([[0], [2]]))
-    >>> [x.item() for x in found]  # p(0) = 0, and the second branch says 2
-    [1, 2, 1]
-    """
-    if target_logits.shape[-2] != drafted.shape[-1] + 1:
-        raise ValueError(
-            f"argument 'target_logits' has {target_logits.shape[-2]} places, expected "
-            f"one more than the {drafted.shape[-1]} of 'drafted'."
-        )
-    log_p, log_q = _normalised(target_logits), _normalised(draft_logits)
-    tokens = jnp.asarray(drafted)
-    *batch, branches, drafts = tokens.shape
-
-    def one(key: Array, log_p: Array, log_q: Array, tokens: Array) -> Any:
-        accept_key, token_key = jax.random.split(key)
-        log_u = jnp.log(jax.random.uniform(accept_key, (drafts, branches), log_p.dtype))
-
-        def place(carry: Any, i: Array) -> Any:
-            agrees, is_open, kept = carry
-            # Branches that agree have read the same: the first tells p and q of all.
-            first = jnp.argmax(agrees)
-            q = log_q[first, i]
-
-            def candidate(carry: Any, k: Array) -> Any:
-                left, found, token = carry
-                x = tokens[k, i]
-                is_tried = agrees[k] & is_open & ~found
-                is_good = is_tried & (log_u[i, k] < left[x] - q[x])
-                rest = jax.nn.log_softmax(_residual(left, q))
-                left = jnp.where(is_tried & ~is_good, rest, left)
-                return (left, found | is_good, jnp.where(is_good, x, token)), None
-
-            start = log_p[first, i], jnp.zeros((), bool), jnp.zeros_like(tokens[0, 0])
-            (left, found, token), _ = jax.lax.scan(
-                candidate, start, jnp.arange(branches)
-            )
-            agrees = jnp.where(found, agrees & (tokens[:, i] == token), agrees)
-            return (agrees, found, kept + found), (left, is_open)
-
-        begin = jnp.ones(branches, bool), jnp.ones((), bool), jnp.zeros((), jnp.int32)
-        (agrees, is_open, kept), (left, was_open) = jax.lax.scan(
-            place, begin, jnp.arange(drafts)
-        )
-        branch = jnp.argmax(agrees)
-        # The place where nobody was kept is the last that was open.
-        last = jnp.where(is_open, log_p[branch, drafts], left[jnp.sum(was_open) - 1])
-        token = jax.random.categorical(token_key, last)
-        return kept, token.astype(jnp.int32), branch.astype(jnp.int32)
-
-    for _ in batch:
-        one = jax.vmap(one)
-    return one(jax.random.split(key, tuple(batch)), log_p, log_q, tokens)
-
-
-@typed
 def speculative_decode(
     key: Key[Array, ""],
     target: Callable[[Any, Array], tuple[Array, Any]],
@@ -399,8 +165,8 @@ def speculative_decode(
         branches: continuations that are drafted in each round; the target reads all of
             them in its one call, with as many copies of its state.
         lengths: `[B]`, 2 to P, where prompts are shorter and filled up at their ends.
-        adjust: logits `[..., V]` to logits, of both models: `adjusted_log_probs` with
-            its numbers, or any other way of drawing. None: as they are.
+        adjust: logits `[..., V]` to logits, of both models, such as
+            `jaxzoo.nn.generate.adjusted_log_probs` with its numbers. None: as they are.
         rewind: `(state, rows [R], count [R]) -> state` takes these rows of a state, all
             if they are None, and forgets the last tokens of each. None: `count` off the
             `lengths`, `[B]` or `[depth, B]`, of a NamedTuple such as
@@ -416,12 +182,11 @@ def speculative_decode(
         ValueError: a number is below 1, the prompt has less than two tokens, or a state
             has no `lengths`.
 
-    >>> counts = 9 * jnp.eye(4)[jnp.array([1, 2, 3, 0])]  # a model that counts
+    >>> counts = 99 * jnp.eye(4)[jnp.array([1, 2, 3, 0])]  # a model that counts
     >>> model = lambda state, tokens: (counts[tokens], state)
     >>> text, aux = speculative_decode(
     ...     jax.random.key(0), model, model, jnp.array([[0, 1]]), target_state=(),
-    ...     draft_state=(), num_tokens=6, num_drafted=2,
-    ...     adjust=lambda logits: adjusted_log_probs(logits, temperature=0.0))
+    ...     draft_state=(), num_tokens=6, num_drafted=2)
     >>> text.tolist(), aux["calls"].tolist(), aux["tokens_per_call"].tolist()
     ([[2, 3, 0, 1, 2, 3]], [2], [3.0])
     """
@@ -508,28 +273,15 @@ def speculative_decode(
     return text[row, begin[:, None] + jnp.arange(num_tokens)[None]], aux
 
 
-def _normalised(logits: ArrayLike) -> Array:
-    return jax.nn.log_softmax(as_float32(logits))
-
-
-def _residual(log_p: Array, log_q: Array) -> Array:
-    """log max(p - q, 0), and log p where nothing is left because p = q."""
-    is_more = log_p > log_q
-    gap = jnp.where(is_more, log_q - log_p, -1.0)
-    left = jnp.where(is_more, log_p + jnp.log(-jnp.expm1(gap)), -jnp.inf)
-    return jnp.where(jnp.any(is_more, axis=-1, keepdims=True), left, log_p)
-
-
 def _sums(acceptance: ArrayLike, most: int) -> Array:
     """1 + a + .. + a^n for n = 0 to `most`, by Horner's rule: a = 1 is no exception."""
     a = as_float32(acceptance)
     a = jnp.where(a < 0, 0.0, jnp.where(a > 1, 1.0, a))
-    one = jnp.ones_like(a)
 
     def step(total: Array, _: None) -> tuple[Array, Array]:
         return 1 + a * total, total
 
-    last, sums = jax.lax.scan(step, one, None, length=most)
+    last, sums = jax.lax.scan(step, jnp.ones_like(a), None, length=most)
     return jnp.concatenate([sums, last[None]])
 
 
@@ -548,16 +300,6 @@ def _shorten(state: Any, rows: Array | None, count: Array) -> Any:
     return state._replace(lengths=lengths - jnp.broadcast_to(count, lengths.shape))
 
 
-def _pair(key: Array) -> list[Array]:
-    return [jax.random.normal(k, (8, 5)) for k in jax.random.split(key)]
-
-
-def _drafts(key: Array) -> Any:
-    logits = jax.random.normal(key, (2, 8, 4, 5))
-    drafted = jax.random.randint(key, (8, 3), 0, 5)
-    return (key, logits[0], logits[1, :, :-1], drafted), {}
-
-
 def _written(key: Array) -> Any:
     tables = jax.random.normal(jax.random.key(1), (2, 5, 5))
     models = [lambda state, x, t=t: (t[x], state) for t in tables]
@@ -566,26 +308,9 @@ def _written(key: Array) -> Any:
     return (key, *models, prompt), {"target_state": (), "draft_state": (), **sizes}
 
 
-def _tree(key: Array) -> Any:
-    logits = jax.random.normal(key, (2, 8, 1, 4, 5))
-    target, draft = jnp.tile(logits, (1, 1, 3, 1, 1))
-    return (
-        key,
-        target,
-        draft[..., :-1, :],
-        jax.random.randint(key, (8, 3, 3), 0, 5),
-    ), {}
-
-
 EXAMPLES = {
-    acceptance_rate: lambda key: (tuple(_pair(key)), {}),
-    adjusted_log_probs: lambda key: ((_pair(key)[0],), {"temperature": 0.7}),
+    acceptance_rate: lambda key: (tuple(jax.random.normal(key, (2, 8, 5))), {}),
     expected_tokens: lambda key: ((jax.random.uniform(key, (8,)),), {}),
-    ngram_log_probs: lambda key: (
-        (jax.random.randint(key, (40,), 0, 5),), {"vocabulary": 5, "order": 3}
-    ),
-    speculative_accept: _drafts,
     speculative_decode: _written,
     speed_up: lambda key: ((jax.random.uniform(key, (8,), minval=0.3),), {}),
-    tree_accept: _tree,
-}  # fmt: skip
+}

@@ -64,15 +64,10 @@ __all__ = ["a_coder", "vr_a_coder"]
 @typed
 def a_coder(
     x0: Float[ArrayLike, " d"],
-    block_gradient: Callable[..., Any],
-    prox: Callable[..., Any],
-    *,
-    num_blocks: int,
-    num_cycles: int,
-    lipschitz: float,
-    gamma: float = 0.0,
+    block_gradient: Callable[..., Any], prox: Callable[..., Any], *,
+    num_blocks: int, num_cycles: int, lipschitz: float, gamma: float = 0.0,
     value: Callable[..., Any] | None = None,
-) -> tuple[Float[Array, " d"], dict[str, Array]]:
+) -> tuple[Float[Array, " d"], dict[str, Array]]:  # fmt: skip
     """Runs A-CODER from `x0`.
 
     Args:
@@ -109,7 +104,12 @@ def a_coder(
     check_range("lipschitz", lipschitz, above=0.0)
     check_range("gamma", gamma, low=0.0)
     start = _split(x0, num_blocks)
-    gradient_at = _full(block_gradient, start)
+    blocks = jnp.arange(num_blocks)
+
+    def gradient_at(w: Array) -> Array:
+        each = jax.vmap(block_gradient, (None, 0))(w.reshape(-1), blocks)
+        return jnp.asarray(each, w.dtype).reshape(w.shape)
+
     first = gradient_at(start)
     zero = jnp.zeros((), start.dtype)
     # x_k, y_k, v_k, z_k, p_k, grad f(x_k), a_k, A_k.
@@ -129,7 +129,7 @@ def a_coder(
             y_i = (total * y[i] + new * v_i) / sum_
             return w.at[i].set(y_i), (y_i, v_i, z_i, p_i)
 
-        _, moved = lax.scan(block, x, jnp.arange(num_blocks), reverse=True)
+        _, moved = lax.scan(block, x, blocks, reverse=True)
         return (x, *moved, gradient_at(x), new, sum_)
 
     def holds(state: Any, lipschitz: Array) -> Array:
@@ -138,10 +138,8 @@ def a_coder(
         step = y - x
         square, norm = jnp.sum(jnp.square(step)), jnp.sum(jnp.square(y))
         model = value(x.reshape(-1)) + jnp.sum(gradient * step) + lipschitz / 2 * square
-        error = jnp.sum(jnp.square(gradient - p))
-        fits = (value(y.reshape(-1)) <= model) & (
-            error <= jnp.square(0.75 * lipschitz) * square
-        )
+        fits = value(y.reshape(-1)) <= model
+        fits &= jnp.sum(jnp.square(gradient - p)) <= (0.75 * lipschitz) ** 2 * square
         # Of a step this short both sides are rounding errors.
         return fits | (square <= 64.0 * jnp.finfo(square.dtype).eps * norm)
 
@@ -167,18 +165,11 @@ def a_coder(
 
 @typed
 def vr_a_coder(
-    key: Key[Array, ""],
-    x0: Float[ArrayLike, " d"],
-    block_gradient: Callable[..., Any],
-    prox: Callable[..., Any],
-    *,
-    num_blocks: int,
-    num_terms: int,
-    num_epochs: int,
-    num_cycles: int,
-    lipschitz: float,
-    gamma: float = 0.0,
-) -> tuple[Float[Array, " d"], dict[str, Array]]:
+    key: Key[Array, ""], x0: Float[ArrayLike, " d"],
+    block_gradient: Callable[..., Any], prox: Callable[..., Any], *,
+    num_blocks: int, num_terms: int, num_epochs: int, num_cycles: int,
+    lipschitz: float, gamma: float = 0.0,
+) -> tuple[Float[Array, " d"], dict[str, Array]]:  # fmt: skip
     """Runs VR-A-CODER, for f the mean of many terms.
 
     In epoch s with the centre c, the mean of the points y of the epoch before, and its
@@ -197,12 +188,12 @@ def vr_a_coder(
         x0: where it starts, `[D]`.
         block_gradient: `(x [D], i, t) -> [D / m]`, block i of the gradient of f_t.
         prox: as for `a_coder`.
-        num_blocks: m, of equal width.
+        num_blocks: m, as for `a_coder`.
         num_terms: n; f is the mean of f_0, ..., f_{n-1}.
         num_epochs: S; the first one is a single proximal step.
         num_cycles: K per epoch.
         lipschitz: L > 0, of the gradients of single terms.
-        gamma: g is gamma-strongly convex; 0 where it is not.
+        gamma: as for `a_coder`.
 
     Returns:
         `(c, aux)`: the last centre `[D]`, float32. aux holds "path", the centres
@@ -232,9 +223,8 @@ def vr_a_coder(
         return _as_block(block_gradient(w.reshape(-1), i, t), w)
 
     def gradient_at(w: Array) -> Array:
-        over_terms = jax.vmap(part, (None, None, 0))
-        over_blocks = jax.vmap(over_terms, (None, 0, None))
-        return jnp.mean(over_blocks(w, blocks, terms), axis=1)
+        each = jax.vmap(jax.vmap(part, (None, None, 0)), (None, 0, None))
+        return jnp.mean(each(w, blocks, terms), axis=1)
 
     first = jnp.asarray(1.0 / (4.0 * lipschitz), start.dtype)
     z = count * first * gradient_at(start)  # K cycles that all saw this gradient
@@ -267,23 +257,16 @@ def vr_a_coder(
             _, (y, v, z) = lax.scan(block, (x, x_before), (blocks, drawn), reverse=True)
             return (x, y, v, z), y
 
-        steps = jnp.arange(1, count + 1)
-        last, points = lax.scan(cycle, (x, y, v, z), (steps, drawn))
+        last, points = lax.scan(cycle, (x, y, v, z), (jnp.arange(1, count + 1), drawn))
         center = jnp.mean(points, axis=0)
         return (center, *last, new, sum_), (center.reshape(-1), sum_)
 
-    begin = (v, start, v, v, z, first, first)
     keys = jax.random.split(key, num_epochs)
-    last, (path, totals) = lax.scan(epoch, begin, keys[1:])
+    last, (path, totals) = lax.scan(epoch, (v, start, v, v, z, first, first), keys[1:])
     path = jnp.concatenate([v.reshape(1, -1), path])
     passes = jnp.full(num_epochs, 1.0 + 4.0 * count / num_terms, start.dtype)
-    aux = {
-        "path": path,
-        "v": last[3].reshape(-1),
-        "A": jnp.concatenate([first[None], totals]),
-        "passes": passes.at[0].set(1.0),
-    }
-    return last[0].reshape(-1), aux
+    aux = {"path": path, "v": last[3].reshape(-1), "passes": passes.at[0].set(1.0)}
+    return last[0].reshape(-1), {**aux, "A": jnp.concatenate([first[None], totals])}
 
 
 def _split(x0: ArrayLike, num_blocks: int) -> Array:
@@ -295,13 +278,6 @@ def _split(x0: ArrayLike, num_blocks: int) -> Array:
             f"of 'x0', {x0.shape[0]}."
         )
     return as_float32(x0).reshape(num_blocks, -1)
-
-
-def _full(block_gradient: Callable[..., Any], like: Array) -> Callable[[Array], Array]:
-    over_blocks = jax.vmap(block_gradient, (None, 0))
-    return lambda w: jnp.asarray(
-        over_blocks(w.reshape(-1), jnp.arange(len(like))), like.dtype
-    ).reshape(like.shape)
 
 
 def _as_block(x: Any, like: Array) -> Array:

@@ -86,22 +86,17 @@ class Boosted(NamedTuple):
     def __call__(self, x: ArrayLike) -> Array:
         """F_T of rows `[N, D]`, `[N, C]`: one part after the other."""
         each = jax.vmap(lambda part: part(x))(self.parts)
-        return self.constant[None] + jnp.tensordot(
-            self.rate, each, 1, precision=lax.Precision.HIGHEST
-        )
+        total = jnp.tensordot(self.rate, each, 1, precision=lax.Precision.HIGHEST)
+        return self.constant[None] + total
 
     def merge(self) -> Network:
         """The same function as one network of T J units."""
         kernel, bias, readout, shift = self.parts
         steps, inputs, units = kernel.shape
-        scaled = self.rate.reshape(steps, 1, 1) * readout
-        moved = self.rate.reshape(steps, 1) * shift
-        return Network(
-            jnp.moveaxis(kernel, 0, 1).reshape(inputs, steps * units),
-            bias.reshape(-1),
-            scaled.reshape(steps * units, -1),
-            self.constant + jnp.sum(moved, axis=0),
-        )
+        kernel = jnp.moveaxis(kernel, 0, 1).reshape(inputs, steps * units)
+        readout = (self.rate.reshape(steps, 1, 1) * readout).reshape(steps * units, -1)
+        moved = jnp.sum(self.rate.reshape(steps, 1) * shift, axis=0)
+        return Network(kernel, bias.reshape(-1), readout, self.constant + moved)
 
     def truncate(self, num_units: int) -> "Boosted":
         """Without the units that were trained last; whole parts go.
@@ -125,11 +120,9 @@ class Boosted(NamedTuple):
 
 @typed
 def pseudo_residuals(
-    f: Float[ArrayLike, "n outputs"],
-    y: Real[ArrayLike, " n"],
-    *,
+    f: Float[ArrayLike, "n outputs"], y: Real[ArrayLike, " n"], *,
     num_classes: int | None = None,
-) -> Float[Array, "n outputs"]:
+) -> Float[Array, "n outputs"]:  # fmt: skip
     """The negative gradient of the loss, what the next part is fitted to.
 
     Args:
@@ -165,17 +158,11 @@ def pseudo_residuals(
 
 @typed
 def gbnn(
-    key: Key[Array, ""],
-    x: Float[ArrayLike, "n d"],
-    y: Real[ArrayLike, " n"],
-    *,
-    num_steps: int,
-    num_units: int,
-    num_classes: int | None = None,
-    shrinkage: float | Float[Array, ""] = 1.0,
-    subsample: float = 0.5,
+    key: Key[Array, ""], x: Float[ArrayLike, "n d"], y: Real[ArrayLike, " n"], *,
+    num_steps: int, num_units: int, num_classes: int | None = None,
+    shrinkage: float | Float[Array, ""] = 1.0, subsample: float = 0.5,
     num_iterations: int = 200,
-) -> tuple[Boosted, dict[str, Array]]:
+) -> tuple[Boosted, dict[str, Array]]:  # fmt: skip
     """Trains a network by boosting.
 
     Each part is fitted by L-BFGS to the pseudo-residuals of rows that are drawn anew;
@@ -228,27 +215,22 @@ def gbnn(
         h = part(x)
         rate = shrinkage * _newton(r, h, target, num_classes)
         f = f + rate * h
-        fit = jnp.mean(jnp.square(r - h))
-        return f, (part, rate, jnp.mean(_losses(f, target, num_classes)), fit)
+        loss = jnp.mean(_losses(f, target, num_classes))
+        return f, (part, rate, loss, jnp.mean(jnp.square(r - h)))
 
     f = jnp.broadcast_to(constant, (x.shape[0], len(constant)))
-    keys = jax.random.split(key, num_steps)
-    _, (parts, rate, loss, fit) = lax.scan(step, f, keys)
+    _, (parts, rate, loss, fit) = lax.scan(step, f, jax.random.split(key, num_steps))
     return Boosted(constant, parts, rate), {"loss": loss, "fit": fit}
 
 
-def _fit(
-    key: Array, x: Array, r: Array, num_units: int, num_iterations: int
-) -> Network:
+def _fit(key: Array, x: Array, r: Array, num_units: int, steps: int) -> Network:
     """Fits J units by L-BFGS to the squared error, from where scikit-learn starts."""
     glorot = jax.nn.initializers.variance_scaling(1 / 3, "fan_avg", "uniform")
     first, second = jax.random.split(key)
-    network = Network(
-        glorot(first, (x.shape[1], num_units), x.dtype),
-        jnp.zeros(num_units, x.dtype),
-        glorot(second, (num_units, r.shape[1]), x.dtype),
-        jnp.zeros(r.shape[1], x.dtype),
-    )
+    kernel = glorot(first, (x.shape[1], num_units), x.dtype)
+    readout = glorot(second, (num_units, r.shape[1]), x.dtype)
+    bias, shift = (jnp.zeros(size, x.dtype) for size in readout.shape)
+    network = Network(kernel, bias, readout, shift)
     optimizer = optax.lbfgs()
 
     def loss(network: Network) -> Array:
@@ -262,8 +244,7 @@ def _fit(
         )
         return (optax.apply_updates(network, updates), state), None
 
-    start = (network, optimizer.init(network))
-    return lax.scan(iterate, start, None, length=num_iterations)[0][0]
+    return lax.scan(iterate, (network, optimizer.init(network)), None, steps)[0][0]
 
 
 def _outputs(num_classes: int | None) -> int:
@@ -323,8 +304,7 @@ def _affine(x: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _table(key: Array):
-    x = jax.random.normal(key, (16, 3))
-    return x, jnp.arange(16) % 3
+    return jax.random.normal(key, (16, 3)), jnp.arange(16) % 3
 
 
 EXAMPLES = {

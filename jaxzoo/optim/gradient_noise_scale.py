@@ -9,16 +9,15 @@ and two batch sizes tell the two terms apart. Their ratio is a batch size:
     B_simple = tr(Sigma) / |G|^2                 H = I, costs nothing beside training
     B_noise  = tr(H Sigma) / (G^T H G)           H the Hessian of the loss
 
-Batches far below it waste steps, batches far above it waste examples. Data parallel
-training has both gradients at hand, the one of each device and their mean:
+Batches far below it waste steps, far above it examples. Data parallel training has
+both gradients at hand, the one of each device and their mean:
 
     def step(params, local_batch):                          # inside jax.shard_map
         own = jax.grad(loss)(varying(params, "data"), local_batch)
         b, aux = shard_noise_scale(tree_map(lambda g: g[None], own),
                                    batch_size=64, axis_name="data")
 
-A single step says little. Average the two terms over steps, each for itself, and divide
-afterwards, since the ratio of means is what is wanted, not the mean of ratios:
+A single step says little. Average each term over steps, and divide only afterwards:
 
     ema = optax.ema(0.99)
     mean, state = ema.update({k: aux[k] for k in ("signal", "noise")}, state)
@@ -54,12 +53,9 @@ PAPER = {
 }
 
 __all__ = [
-    "adaptive_batch_size",
-    "noise_scale",
-    "optimal_learning_rate",
-    "pareto_fit",
+    "adaptive_batch_size", "noise_scale", "optimal_learning_rate", "pareto_fit",
     "shard_noise_scale",
-]
+]  # fmt: skip
 
 Gradients = PyTree[Float[ArrayLike, "?*shape"], "T"]
 Stacked = PyTree[Float[ArrayLike, "parts ..."]]
@@ -68,13 +64,9 @@ Product = Callable[[Any], Any]
 
 @typed
 def noise_scale(
-    g_small: Gradients,
-    g_big: Gradients,
-    *,
-    batch_small: int,
-    batch_big: int,
+    g_small: Gradients, g_big: Gradients, *, batch_small: int, batch_big: int,
     curvature: Product | None = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
     """The noise scale from one gradient of a small batch and one of a big batch.
 
     signal = (B |g_B|^2 - b |g_b|^2) / (B - b)             unbiased for |G|^2
@@ -98,9 +90,8 @@ def noise_scale(
         ValueError: a batch size is out of range.
         TypeError: the trees differ.
 
-    >>> b, aux = noise_scale(
-    ...     jnp.array([3.0, 0.0]), jnp.array([2.0, 1.0]), batch_small=1, batch_big=8
-    ... )
+    >>> small, big = jnp.array([3.0, 0.0]), jnp.array([2.0, 1.0])
+    >>> b, aux = noise_scale(small, big, batch_small=1, batch_big=8)
     >>> float(aux["signal"]), float(aux["noise"]), float(b)
     (4.4286, 4.5714, 1.0323)
     """
@@ -115,13 +106,9 @@ def noise_scale(
 
 @typed
 def shard_noise_scale(
-    gradients: Stacked,
-    *,
-    batch_size: int = 1,
-    curvature: Product | None = None,
-    exact: bool = False,
-    axis_name: AxisName = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+    gradients: Stacked, *, batch_size: int = 1, curvature: Product | None = None,
+    exact: bool = False, axis_name: AxisName = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
     """The noise scale from the gradients of the parts of one batch, and their mean.
 
     noise  = b sum_k |g_k - mean|^2 / (K - 1)              unbiased for tr(Sigma)
@@ -132,22 +119,18 @@ def shard_noise_scale(
 
     Args:
         gradients: tree of arrays `[parts, ...]`, each part the mean over `batch_size`
-            examples. Inside `jax.shard_map` differentiate by `varying(params, axis)`:
-            a gradient by what all devices share is summed over them already.
+            examples; inside `jax.shard_map` those by `varying(params, axis)`, as above.
         batch_size: b >= 1, examples per part.
-        curvature: `v -> H v` for the tree of one part, as for `noise_scale`; inside
-            `jax.shard_map` the same H on all devices.
-        exact: the parts are all that there are, such as every example of a data set:
-            then tr(Sigma) and |G|^2 are those of their distribution, nothing estimated.
-        axis_name: the axis of `jax.shard_map` or `jax.pmap` that the parts are split
-            over; None where they are whole.
+        curvature: `v -> H v` for the tree of one part, the same H on all devices.
+        exact: the parts are all that there are, such as every example of a data set,
+            and nothing is estimated.
+        axis_name: the axis that the parts are split over; None where they are whole.
 
     Returns:
         `(noise / signal, aux)` as for `noise_scale`, the same on all devices.
 
     Raises:
-        ValueError: `batch_size` is below 1, there is no such axis, or there are fewer
-            than two parts over all devices.
+        ValueError: `batch_size` < 1, there is no such axis, or fewer than two parts.
 
     >>> g = jnp.array([[3.0, 0.0], [1.0, 2.0]])
     >>> b, aux = shard_noise_scale(g, batch_size=4)
@@ -209,8 +192,7 @@ def adaptive_batch_size(
     unit of progress costs in examples, and r times what it costs in steps.
 
     Args:
-        noise_scale: B_noise as it is now, or B_simple in its place; below 0 it counts
-            as 0.
+        noise_scale: B_noise as it is now, as for `optimal_learning_rate`.
         exchange_rate: r >= 0, the examples that one step less may cost. With r equal to
             B_noise this is B_noise itself, which needs twice the fewest steps.
 
@@ -270,11 +252,8 @@ def pareto_fit(
     spread = jnp.sum(jnp.square(logs - jnp.mean(logs)))
     missed = jnp.sum(jnp.square(logs - predicted))
     steepness = jnp.where(solvable & (min_s != 0.0), min_s, 1.0)
-    aux = {
-        "min_steps": min_s * s_scale,
-        "min_examples": min_e * e_scale,
-        "r2": 1.0 - missed / jnp.where(spread > 0.0, spread, 1.0),
-    }
+    r2 = 1.0 - missed / jnp.where(spread > 0.0, spread, 1.0)
+    aux = {"min_steps": min_s * s_scale, "min_examples": min_e * e_scale, "r2": r2}
     return min_e / steepness * (e_scale / s_scale), aux
 
 
@@ -327,16 +306,13 @@ EXAMPLES = {
         {"batch_small": 2, "batch_big": 16, "curvature": _example_product},
     ),
     shard_noise_scale: lambda key: (
-        (_example_stack(key),),
-        {"batch_size": 4, "curvature": _example_product},
+        (_example_stack(key),), {"batch_size": 4, "curvature": _example_product}
     ),
     optimal_learning_rate: lambda key: (
-        (50.0 * jax.random.uniform(key, (8,)),),
-        {"batch_size": 32, "lr_max": 0.5},
+        (50.0 * jax.random.uniform(key, (8,)),), {"batch_size": 32, "lr_max": 0.5}
     ),
     adaptive_batch_size: lambda key: (
-        (1.0 + 50.0 * jax.random.uniform(key, (8,)),),
-        {"exchange_rate": 32.0},
+        (1.0 + 50.0 * jax.random.uniform(key, (8,)),), {"exchange_rate": 32.0}
     ),
     pareto_fit: lambda key: (_example_runs(key), {}),
-}
+}  # fmt: skip

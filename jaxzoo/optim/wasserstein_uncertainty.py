@@ -10,11 +10,9 @@ holds something that was seen. The expectation over the worst distribution of th
 is E G - u, up to the Lipschitz constant that kappa is. It knows the whole answer, not
 its variance alone, and it is blind where an answer resembles that of another place.
 
-In one dimension W_2 couples quantiles with quantiles:
+In one dimension W_2 couples quantiles with quantiles, sorted values of two samples:
 
     W_2^2(a, b) = int_0^1 (F_a^{-1}(q) - F_b^{-1}(q))^2 dq
-
-which for two samples is a sum over their sorted values.
 """
 
 from collections.abc import Callable
@@ -69,18 +67,14 @@ def w2_1d(a: Float[ArrayLike, " n"], b: Float[ArrayLike, " m"]) -> Float[Array, 
     >>> float(w2_1d(jnp.array([3.0, 1.0]), jnp.array([1.0, 4.0, 1.0, 4.0])))
     0.7071
     """
-    a, b = as_float32(a), as_float32(b)
-    return _w2_sorted(jnp.sort(a), jnp.sort(b))
+    return _w2_sorted(jnp.sort(as_float32(a)), jnp.sort(as_float32(b)))
 
 
 @typed
 def sliced_w2(
-    key: Key[Array, ""],
-    a: Float[ArrayLike, "n d"],
-    b: Float[ArrayLike, "m d"],
-    *,
+    key: Key[Array, ""], a: Float[ArrayLike, "n d"], b: Float[ArrayLike, "m d"], *,
     num_projections: int = 64,
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """The sliced distance of two samples of vectors.
 
     (E_v W_2^2(<v, a>, <v, b>))^(1/2), v uniform on the unit sphere
@@ -112,12 +106,10 @@ def sliced_w2(
 
 @typed
 def acquisition(
-    samples: Float[ArrayLike, "candidates n"],
-    responses: Float[ArrayLike, "points m"],
-    *,
-    kappa: float | Float[Array, ""] = 2.0,
+    samples: Float[ArrayLike, "candidates n"], responses: Float[ArrayLike, "points m"],
+    *, kappa: float | Float[Array, ""] = 2.0,
     evaluated: Bool[ArrayLike, " points"] | None = None,
-) -> tuple[Float[Array, " candidates"], dict[str, Array]]:
+) -> tuple[Float[Array, " candidates"], dict[str, Array]]:  # fmt: skip
     """What the next evaluation should have lowest: mean less kappa times uncertainty.
 
     mean(samples_c) - kappa min_p W_2(samples_c, responses_p)
@@ -156,13 +148,10 @@ def wu_go(
     simulate: Callable[..., Any],
     candidates: Float[ArrayLike, "candidates d"],
     *,
-    num_evaluations: int,
-    num_initial: int = 4,
-    num_responses: int = 32,
-    kappa: float | Float[Array, ""] = 2.0,
-    num_steps: int = 150,
+    num_evaluations: int, num_initial: int = 4, num_responses: int = 32,
+    kappa: float | Float[Array, ""] = 2.0, num_steps: int = 150,
     learning_rate: float = 5e-3,
-) -> tuple[Float[Array, " d"], dict[str, Array]]:
+) -> tuple[Float[Array, " d"], dict[str, Array]]:  # fmt: skip
     """Searches the candidate with the lowest mean response.
 
     Evaluates some candidates at random, and then in turn fits the generator, suggests

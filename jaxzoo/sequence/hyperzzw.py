@@ -15,7 +15,6 @@ A block concatenates such branches and mixes them down: no residual connections.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxzoo.core.typed import ArrayLike, as_float32, typed
+from jaxzoo.nn.slow_net import SlowNet
 
 PAPER = {
     "slug": "hyperzzw",
@@ -53,13 +53,12 @@ PAPER = {
 }
 
 __all__ = [
-    "SFNEBlock", "SlowNet", "Terminator",
-    "hyperzzw_global", "hyperzzw_local", "slow_loss",
+    "SFNEBlock", "Terminator", "hyperzzw_global", "hyperzzw_local", "slow_loss",
 ]  # fmt: skip
 
 _uniform = nn.initializers.lecun_uniform()
 _gelu = functools.partial(nn.gelu, approximate=False)
-_zeros, _ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+_zeros = nn.initializers.zeros_init()
 Square = Float[ArrayLike, "batch side side channels"]
 
 
@@ -163,53 +162,6 @@ def slow_loss(
     gap = jnp.tile(as_float32(kernel), (1, 1, repeats)) - as_float32(deeper)
     each = jnp.mean(jnp.square(gap), axis=(0, 1))
     return jnp.mean(each), {"per_channel": jax.lax.stop_gradient(each)}
-
-
-class SlowNet(nn.Module):
-    """Coordinates to a hyper-kernel: linear layers, each times a sine of coordinates.
-
-    h_0 = sin(A_0 c),  h_i = sin(A_i c) (B_i h_(i-1)) + bias(c),  out = C h
-
-    With a context, h_i is renormalised, and times what a layer makes of the context.
-
-    Attributes:
-        features: channels of the kernel.
-        grid: its size, one number per coordinate; coordinates go from -1 to 1.
-        hidden: width of the layers.
-        layers: how many.
-        omega: of the sines; some 0.2 for 8 points, in proportion to the points.
-        dtype: compute dtype of layers.
-    """
-
-    features: int
-    grid: tuple[int, ...]
-    hidden: int = 32
-    layers: int = 2
-    omega: float = 1.0
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, context: Float[Array, "b ... d"] | None = None) -> Array:
-        """`[*grid, features]`; of a context `[B, *grid, D]` one per example."""
-        axes = [np.linspace(-1, 1, size) for size in self.grid]
-        points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).astype(np.float32)
-        width, init = self.hidden * (self.layers + 1), _frequencies(self)
-        sines = nn.Dense(width, name="sines", kernel_init=init)(jnp.asarray(points))
-        x, *waves = jnp.split(jnp.sin(sines)[None], self.layers + 1, axis=-1)
-        bias = self.param("bias", _zeros, self.grid)[None, ..., None]
-        for i, wave in enumerate(waves):
-            x = _dense(self.hidden, self.dtype, f"slow_{i}", bias_init=_ones)(x)
-            x = wave * x.astype(jnp.float32) + bias
-            if context is not None:
-                # The released code's constants: gradients pass by the second term.
-                unit = _unit(x, tuple(range(1, x.ndim - 1)))
-                x = jax.lax.stop_gradient(x) + 0.1 * unit
-                scale = _dense(self.hidden, self.dtype, f"fast_{i}", bias_init=_ones)
-                x = x * scale(context).astype(jnp.float32)
-        variance = 1.0 / math.prod(self.grid)
-        small = nn.initializers.variance_scaling(variance, "fan_in", "uniform")
-        x = _dense(self.features, self.dtype, "out", kernel_init=small)(x)
-        return (x[0] if context is None else x).astype(jnp.float32)
 
 
 class SFNEBlock(nn.Module):
@@ -326,9 +278,8 @@ class Terminator(nn.Module):
         return logits, first, others
 
 
-def _dense(width: int, dtype: Any, name: str, **knobs: Any) -> Any:
-    knobs = {"kernel_init": _uniform, **knobs}
-    return nn.Dense(width, name=name, dtype=dtype, **knobs)
+def _dense(width: int, dtype: Any, name: str) -> nn.Dense:
+    return nn.Dense(width, name=name, dtype=dtype, kernel_init=_uniform)
 
 
 def _standardize(x: Array, axes: tuple[int, ...]) -> Array:
@@ -336,27 +287,6 @@ def _standardize(x: Array, axes: tuple[int, ...]) -> Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=axes, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=axes, keepdims=True) + 1e-5)
-
-
-def _unit(x: Array, axes: tuple[int, ...]) -> Array:
-    square = jnp.sum(x * x, axis=axes, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
-def _frequencies(net: SlowNet) -> Any:
-    """Weights of coordinates: uniform, times 2 pi omega and Gamma(6 / (i + 1))."""
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        # Half of a chi-square variable: a sampler of Gamma is slow to compile.
-        normal = jax.random.normal(key, (13, *shape), dtype)
-        layer = np.arange(shape[1]) // net.hidden
-        freedom = np.round(12 / (layer + 1))
-        counts = jnp.asarray(np.arange(12)[:, None] < freedom).reshape(12, 1, -1)
-        gamma = jnp.sum(normal[1:] ** 2, axis=0, where=counts)
-        uniform = jax.scipy.special.erf(normal[0] / math.sqrt(2))  # from -1 to 1
-        return math.pi * net.omega * gamma * uniform / math.sqrt(shape[0])
-
-    return init
 
 
 def _pool(side: int, size: int) -> Array:

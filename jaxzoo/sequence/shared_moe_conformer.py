@@ -46,13 +46,12 @@ PAPER = {
     "experiment's tones are learned almost wholly by all encoders: 1.5 % of token "
     "errors shared, 1.4 % with experts (0.10 +- 0.26 points less: the claim holds by "
     "less than its standard error), 1.2 % with experts and no teacher. With more noise "
-    "and detuning all encoders failed in 600 steps (92 %), and the task was made "
-    "easier.",
+    "and detuning all encoders failed in 600 steps (92 %): the task was made easier.",
 }
 
 __all__ = ["SharedConformer", "balance_loss", "distillation_loss", "top_k_gates"]
 
-_uniform = nn.initializers.lecun_uniform()
+_uniform, _zeros = nn.initializers.lecun_uniform(), nn.initializers.zeros_init()
 NORMS = 6  # of a block: before its four parts, inside the convolution, and the last
 
 
@@ -62,9 +61,7 @@ def top_k_gates(
 ) -> Float[Array, "... experts"]:
     """The weights of a token's k most probable experts, 0 for the others.
 
-    gate_e = softmax(logits)_e if e is among the k largest, else 0
-
-    The probabilities are not normalised again: with k = 1 the router still learns.
+    gate_e = softmax(logits)_e, not normalised again, if e is among the k largest, or 0
 
     Args:
         logits: of a router, with noise added if it is to explore.
@@ -86,12 +83,10 @@ def top_k_gates(
 
 @typed
 def balance_loss(
-    logits: Float[ArrayLike, "tokens experts"],
-    *,
+    logits: Float[ArrayLike, "tokens experts"], *,
     where: Bool[ArrayLike, " tokens"] | None = None,
-    k: int = 1,
-    axis_name: AxisName = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+    k: int = 1, axis_name: AxisName = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
     """How unevenly tokens are spread over experts: 1 if evenly, n / k at worst.
 
     loss = n / k sum_e f_e p_e,  f_e = share of tokens whose k experts include e
@@ -122,9 +117,8 @@ def balance_loss(
     weight = valid.astype(logits.dtype)
     chosen = (_rank(logits) < k).astype(logits.dtype)
     sums = weight @ chosen, weight @ jax.nn.softmax(logits, axis=-1), jnp.sum(weight)
-    chosen, probable, count = psum(sums, axis_name)
-    count = jnp.maximum(count, 1.0)
-    share, probability = chosen / count, probable / count
+    *sums, count = psum(sums, axis_name)
+    share, probability = (x / jnp.maximum(count, 1.0) for x in sums)
     loss = experts / k * jnp.sum(share * probability)
     aux = {"share": share, "probability": probability}
     return loss, jax.lax.stop_gradient(aux)
@@ -135,12 +129,10 @@ def distillation_loss(
     hidden: Float[ArrayLike, "batch time width"],
     teacher_hidden: Float[ArrayLike, "batch time width"],
     logits: Float[ArrayLike, "batch time tokens"],
-    teacher_logits: Float[ArrayLike, "batch time tokens"],
-    *,
+    teacher_logits: Float[ArrayLike, "batch time tokens"], *,
     where: Bool[ArrayLike, "batch time"] | None = None,
-    weight: float = 1.0,
-    axis_name: AxisName = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+    weight: float = 1.0, axis_name: AxisName = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
     """What a student does otherwise than its teacher, per frame.
 
     loss = mean_bt (mean_d (h - h')^2 + weight KL(softmax(y') || softmax(y)))
@@ -169,8 +161,7 @@ def distillation_loss(
     """
     check_range("weight", weight, low=0.0)
     rows = [as_float32(x) for x in (hidden, teacher_hidden, logits, teacher_logits)]
-    batch, time = rows[0].shape[:2]
-    valid = jnp.ones((batch, time), bool) if where is None else jnp.asarray(where)
+    valid = jnp.ones(rows[0].shape[:2], bool) if where is None else jnp.asarray(where)
     rows = [jnp.where(valid[..., None], x, 0.0) for x in rows]
     gap = jnp.mean(jnp.square(rows[0] - rows[1]), axis=-1)
     student, teacher = (jax.nn.log_softmax(x, axis=-1) for x in rows[2:])
@@ -186,27 +177,17 @@ class ConformerBlock(nn.Module):
     """Half feed-forward, attention, convolution, half mixture of experts, norm.
 
     All that blocks of a group share; what each has for itself comes as an argument.
-
-    Attributes:
-        heads: of the attention; they divide the width.
-        hidden: of the feed-forward and of each expert.
-        experts: how many; 1 is a feed-forward.
-        k: experts per frame.
-        capacity: frames per expert, over those of an even spread; beyond it frames
-            pass by. None: no limit, where every expert takes room for all.
-        kernel: frames that the convolution spans.
-        noise: standard deviation of what is added to the router's logits with a key.
-        dtype: compute dtype of layers; norms, softmax, router and output are float32.
+    Frames beyond the capacity of an expert pass by; without one it takes room for all.
     """
 
-    heads: int = 4
-    hidden: int = 128
-    experts: int = 4
-    k: int = 1
-    capacity: float | None = None
-    kernel: int = 7
-    noise: float = 0.1
-    dtype: Any = jnp.float32
+    heads: int = 4  # of the attention; they divide the width
+    hidden: int = 128  # of the feed-forward and of each expert
+    experts: int = 4  # how many; 1 is a feed-forward
+    k: int = 1  # experts per frame
+    capacity: float | None = None  # frames per expert, over those of an even spread
+    kernel: int = 7  # frames that the convolution spans
+    noise: float = 0.1  # standard deviation, added to the router's logits with a key
+    dtype: Any = jnp.float32  # of layers; norms, softmax, router, output are float32
 
     @nn.compact
     def __call__(self, x: Array, own: dict[str, Array], where: Array) -> Any:
@@ -226,9 +207,8 @@ class ConformerBlock(nn.Module):
         y = dense(width, "down")(nn.silu(dense(self.hidden, "up")(norm(x))))
         x = x + 0.5 * y.astype(jnp.float32)
         knobs = {"dtype": self.dtype, "name": "attention", "kernel_init": _uniform}
-        y = nn.MultiHeadDotProductAttention(self.heads, **knobs)(
-            norm(x), mask=where[:, None, None]
-        )
+        attend = nn.MultiHeadDotProductAttention(self.heads, **knobs)
+        y = attend(norm(x), mask=where[:, None, None])
         x = x + y.astype(jnp.float32)
         y = nn.glu(dense(2 * width, "conv_in")(norm(x)))
         y = self._convolve(jnp.where(seen, y, 0.0))
@@ -240,8 +220,7 @@ class ConformerBlock(nn.Module):
     def _convolve(self, x: Array) -> Array:
         """Each channel with its own kernel; sums are faster than grouped ones."""
         time, before = x.shape[1], (self.kernel - 1) // 2
-        shape = (self.kernel, x.shape[-1])
-        taps = self.param("conv", _uniform, shape).astype(x.dtype)
+        taps = self.param("conv", _uniform, (self.kernel, x.shape[-1])).astype(x.dtype)
         x = jnp.pad(x, ((0, 0), (before, self.kernel - 1 - before), (0, 0)))
         parts = [x[:, i : i + time] * taps[i][None, None] for i in range(self.kernel)]
         return functools.reduce(jnp.add, parts)
@@ -251,9 +230,8 @@ class ConformerBlock(nn.Module):
         init = nn.initializers.lecun_uniform(batch_axis=0)
         up = self.param("expert_up", init, (n, width, self.hidden))
         down = self.param("expert_down", init, (n, self.hidden, width))
-        zeros = nn.initializers.zeros_init()
-        first = self.param("expert_up_bias", zeros, (n, 1, self.hidden))
-        second = self.param("expert_down_bias", zeros, (n, 1, width))
+        first = self.param("expert_up_bias", _zeros, (n, 1, self.hidden))
+        second = self.param("expert_down_bias", _zeros, (n, 1, width))
         tokens, valid = x.reshape(-1, width), where.reshape(-1)
         logits = tokens @ own["router"] + own["noise"].reshape(-1, n)
         gates = jnp.where(valid[:, None], top_k_gates(logits, k=self.k), 0.0)
@@ -263,8 +241,7 @@ class ConformerBlock(nn.Module):
         # Where in its experts' rooms a token lies: after those before it.
         place = jnp.cumsum(gates > 0, axis=0) - 1
         inside = (gates > 0) & (place < room)
-        slot = jnp.arange(n)[None] * room + place
-        slot = jnp.where(inside, slot, n * room)
+        slot = jnp.where(inside, jnp.arange(n)[None] * room + place, n * room)
         ids = jnp.broadcast_to(jnp.arange(len(tokens))[:, None], slot.shape)
         taken = jnp.zeros(n * room, ids.dtype).at[slot].set(ids, mode="drop")
         given = tokens[taken].reshape(n, room, width).astype(self.dtype)
@@ -281,51 +258,38 @@ class ConformerBlock(nn.Module):
 
 
 class SharedConformer(nn.Module):
-    """Groups of conformer blocks; within a group they share all but routers and norms.
+    """Groups of conformer blocks, each sharing all but routers and norms."""
 
-    Attributes:
-        width: of the frames.
-        groups: how many blocks there are weights for.
-        group_size: how often each is applied, every time with its own norms and router.
-        block: attributes of `ConformerBlock`, by name.
-    """
-
-    width: int
-    groups: int
-    group_size: int
-    block: Any = None
+    width: int  # of the frames
+    groups: int  # how many blocks there are weights for
+    group_size: int  # how often each is applied, with its own norms and router
+    block: Any = None  # attributes of `ConformerBlock`, by name
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b t c"],
-        *,
-        where: Bool[Array, "b t"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> tuple[Array, dict[str, Array]]:
+        self, x: Float[Array, "b t c"], *,
+        where: Bool[Array, "b t"] | None = None, key: Key[Array, ""] | None = None,
+    ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
         """Features to frames `[B, T, width]`; per block "balance", "share" of each."""
         block = ConformerBlock(**(self.block or {}), name="blocks")
         where = jnp.ones(x.shape[:2], bool) if where is None else where
         x = nn.Dense(self.width, name="embed")(x).astype(jnp.float32)
         lead, n = (self.groups, self.group_size), block.experts
-        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        ones = nn.initializers.ones_init()
         router = nn.initializers.lecun_uniform(batch_axis=(0, 1))
         noise = jnp.zeros((*lead, *x.shape[:2], n))
         if key is not None:
             noise = block.noise * jax.random.normal(key, noise.shape)
         own = {
             "scale": self.param("scale", ones, (*lead, NORMS, self.width)),
-            "shift": self.param("shift", zeros, (*lead, NORMS, self.width)),
+            "shift": self.param("shift", _zeros, (*lead, NORMS, self.width)),
             "router": self.param("router", router, (*lead, self.width, n)),
             "noise": noise,
         }
-
-        def apply(block: Any, x: Array, own: Any) -> Any:
-            return block(x, own, where)
-
         again = nn.scan(
-            apply, variable_broadcast="params", split_rngs={"params": False}
-        )
+            lambda block, x, own: block(x, own, where),
+            variable_broadcast="params", split_rngs={"params": False},
+        )  # fmt: skip
         each = nn.scan(again, variable_axes={"params": 0}, split_rngs={"params": True})
         x, aux = each(block, x, own)
         return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
@@ -333,17 +297,13 @@ class SharedConformer(nn.Module):
 
 def _rank(logits: Array) -> Array:
     """How many of the others are larger, or as large and before; there is no sort."""
-    one, other = logits[..., :, None], logits[..., None, :]
-    n = logits.shape[-1]
-    before = jnp.arange(n)[None, :] < jnp.arange(n)[:, None]
-    before = jnp.broadcast_to(before, (*logits.shape, n))
+    one, other, n = logits[..., :, None], logits[..., None, :], logits.shape[-1]
+    before = jnp.broadcast_to(jnp.tri(n, k=-1, dtype=bool), (*logits.shape, n))
     return jnp.sum((other > one) | ((other == one) & before), axis=-1)
 
 
 def _distillation_example(key: Array) -> Any:
-    keys = jax.random.split(key)
-    hidden = jax.random.normal(keys[0], (2, 8, 3, 4))
-    logits = jax.random.normal(keys[1], (2, 8, 3, 5))
+    hidden, logits = jnp.split(jax.random.normal(key, (2, 8, 3, 9)), [4], axis=-1)
     where = jnp.arange(3)[None] < 1 + jnp.arange(8)[:, None] % 3
     return (*hidden, *logits), {"where": where}
 

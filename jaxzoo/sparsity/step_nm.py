@@ -63,13 +63,9 @@ PAPER = {
 }
 
 __all__ = [
-    "StepState",
-    "nm_mask",
-    "scale_by_step_nm",
-    "sr_ste_gradient",
-    "step_nm",
+    "StepState", "nm_mask", "scale_by_step_nm", "sr_ste_gradient", "step_nm",
     "straight_through",
-]
+]  # fmt: skip
 
 
 class StepState(NamedTuple):
@@ -128,13 +124,9 @@ def nm_mask(
 
 @typed
 def straight_through(
-    w: Float[ArrayLike, "*shape"],
-    is_sparse: Bool[ArrayLike, ""] | bool = True,
-    *,
-    n: int = 2,
-    m: int = 4,
-    axis: int = 0,
-) -> Float[Array, "*shape"]:
+    w: Float[ArrayLike, "*shape"], is_sparse: Bool[ArrayLike, ""] | bool = True, *,
+    n: int = 2, m: int = 4, axis: int = 0,
+) -> Float[Array, "*shape"]:  # fmt: skip
     """The masked weights, with the gradient that the masked weights have.
 
     Gradient: straight through, that of the identity, also for masked weights.
@@ -142,7 +134,7 @@ def straight_through(
     Args:
         w: weights.
         is_sparse: False gives the weights as they are, as in phase 1.
-        n: how many of a group stay.
+        n: as for `nm_mask`, like `m` and `axis`.
         m: size of a group.
         axis: along which the groups lie.
 
@@ -165,14 +157,9 @@ def straight_through(
 
 @typed
 def sr_ste_gradient(
-    gradient: Float[ArrayLike, "*shape"],
-    w: Float[ArrayLike, "*shape"],
-    *,
-    n: int = 2,
-    m: int = 4,
-    lam: float = 2e-4,
-    axis: int = 0,
-) -> Float[Array, "*shape"]:
+    gradient: Float[ArrayLike, "*shape"], w: Float[ArrayLike, "*shape"], *,
+    n: int = 2, m: int = 4, lam: float = 2e-4, axis: int = 0,
+) -> Float[Array, "*shape"]:  # fmt: skip
     """SR-STE: the straight-through gradient, and a decay of the weights masked out.
 
     gradient + lam (1 - mask) w
@@ -202,14 +189,9 @@ def sr_ste_gradient(
 
 @typed
 def scale_by_step_nm(
-    *,
-    b1: Number = 0.9,
-    b2: Number = 0.999,
-    eps: Number = 1e-8,
-    window: int = 1000,
-    earliest: int = 1,
-    latest: int = 10_000,
-) -> optax.GradientTransformation:
+    *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8,
+    window: int = 1000, earliest: int = 1, latest: int = 10_000,
+) -> optax.GradientTransformation:  # fmt: skip
     """Adam's direction, whose second moment is fixed once it has settled.
 
     Args:

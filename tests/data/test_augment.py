@@ -14,16 +14,15 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from jaxzoo.data import augment
+from jaxzoo.data import augment, augment_color
 from jaxzoo.data.augment import (
-    color_jitter,
     compose,
     flip,
     gaussian_blur,
     gaussian_noise,
-    grayscale,
     random_resized_crop,
 )
+from jaxzoo.data.augment_color import color_jitter, grayscale
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (16, 12, 10, 3))
@@ -161,7 +160,7 @@ def test_a_crop_that_cannot_fit_is_the_largest_in_the_centre():
 def test_colour_against_colorsys_and_by_hand():
     pixels = np.asarray(IMAGES[0].reshape(-1, 3), np.float64)
     for shift in (-0.4, 0.1, 0.5):
-        got = augment._shift_hue(IMAGES[0], jnp.float32(shift)).reshape(-1, 3)
+        got = augment_color._shift_hue(IMAGES[0], jnp.float32(shift)).reshape(-1, 3)
         hsv = [colorsys.rgb_to_hsv(*p) for p in pixels]
         expected = [colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv]
         assert_allclose(got, expected, atol=2e-6)
@@ -172,7 +171,7 @@ def test_colour_against_colorsys_and_by_hand():
     assert factors.min() >= 0.5 and factors.max() <= 1.5 and factors.std() > 0.1
     # Contrast keeps the mean grey value, saturation every pixel's.
     calm = 0.4 + 0.2 * IMAGES
-    luma = jnp.array(augment.LUMA)
+    luma = jnp.array(augment_color.LUMA)
     for name, axes in (("contrast", (1, 2)), ("saturation", ())):
         out = color_jitter(KEY, calm, **{**still, name: 0.5})
         assert np.abs(out - calm).max() > 0.01

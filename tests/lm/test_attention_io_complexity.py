@@ -10,14 +10,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import softmax
 
 from jaxzoo.lm.attention_io_complexity import (
-    Machine,
-    flash_attention,
     lower_bound,
-    naive_attention,
     small_cache_attention,
     sweep,
     transfers,
 )
+from jaxzoo.nn.counted_attention import Machine, flash_attention, naive_attention
 
 
 def widest(*args, **kwargs):

@@ -13,12 +13,12 @@ from jaxzoo.lm.fastgen import (
     POLICIES,
     PUNCTUATION,
     SPECIAL,
-    cache_bytes,
     decode_step,
     prefill,
     profile_heads,
 )
 from jaxzoo.nn.generate import generate
+from jaxzoo.nn.head_cache import cache_bytes
 from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.transformer import Transformer
 

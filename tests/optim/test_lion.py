@@ -7,16 +7,9 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from jaxzoo.optim.lion import (
-    LION,
-    Program,
-    _mutate,
-    evolve,
-    lion,
-    run_program,
-    scale_by_lion,
-    simplify,
-)
+from jaxzoo.nn.program_evolution import _mutate, evolve
+from jaxzoo.nn.update_programs import LION, Program, run_program, simplify
+from jaxzoo.optim.lion import lion, scale_by_lion
 
 ADAMW = Program.parse("""
     m = interp(g, m, 0.9)

@@ -10,10 +10,9 @@ from numpy.testing import assert_allclose
 from scipy.signal import correlate2d
 from scipy.special import erfc
 
-from jaxzoo.sequence import hyperzzw
+import jaxzoo.nn.slow_net as nets
 from jaxzoo.sequence.hyperzzw import (
     SFNEBlock,
-    SlowNet,
     Terminator,
     hyperzzw_global,
     hyperzzw_local,
@@ -208,7 +207,7 @@ def test_a_block_has_no_residual_connection():
 
 def test_renormalisation_passes_gradients_by_its_second_term():
     x = jnp.asarray(normal(1, 3, 3, 2))
-    unit = hyperzzw._unit
+    unit = nets._unit
     gradient = jax.grad(lambda x: jnp.sum(unit(x, (1, 2)) * x))(x)
     length = np.sqrt(np.sum(np.square(x), (1, 2), keepdims=True))
     assert_allclose(gradient, np.asarray(x) / length, rtol=1e-5)
@@ -216,8 +215,8 @@ def test_renormalisation_passes_gradients_by_its_second_term():
 
 
 def test_frequencies_have_the_moments_of_uniform_times_gamma():
-    net = SlowNet(1, (4, 4), hidden=4000, layers=2, omega=0.5)
-    draw = jax.jit(hyperzzw._frequencies(net), static_argnums=1)
+    net = nets.SlowNet(1, (4, 4), hidden=4000, layers=2, omega=0.5)
+    draw = jax.jit(nets._frequencies(net), static_argnums=1)
     x = np.asarray(draw(jax.random.key(0), (2, 12000))).reshape(2, 3, 4000)
     for layer in range(3):
         shape = 6 / (layer + 1)

@@ -10,12 +10,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
+from jaxzoo.nn.contrastive import chi_squared_loss, info_nce
 from jaxzoo.ssl.contrastive_sufficiency import (
-    chi_squared_loss,
     contrastive_risk,
     downstream_bound,
     f_information,
-    info_nce,
     optimal_scores,
     sufficiency,
 )

@@ -11,13 +11,8 @@ import scipy.special
 import scipy.stats
 from numpy.testing import assert_allclose, assert_array_equal
 
-from jaxzoo.ssl.mcinfonce import (
-    credible_retrieval,
-    log_bessel,
-    mcinfonce,
-    sample_vmf,
-    vmf_log_prob,
-)
+from jaxzoo.nn.von_mises_fisher import log_bessel, sample_vmf, vmf_log_prob
+from jaxzoo.ssl.mcinfonce import credible_retrieval, mcinfonce
 
 KEY = jax.random.key(0)
 

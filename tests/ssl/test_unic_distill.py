@@ -10,9 +10,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
+from jaxzoo.nn.feature_stats import FeatureStats
 from jaxzoo.nn.vit import ViT
 from jaxzoo.ssl.unic_distill import (
-    FeatureStats,
     LadderOfProjectors,
     teacher_dropping,
     token_loss,
