@@ -6,7 +6,6 @@
 Only the standard library is imported, so that listing 358 papers stays instant.
 """
 
-import ast
 import difflib
 import json
 import re
@@ -16,11 +15,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from jaxzoo.literals import Function, read_functions, read_literals, relative
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {"slug": str, "title": str, "arxiv": str, "year": int}
-FIELDS |= {"authors": str, "where": str, "differs": str}
 STATUSES = ("planned", "built", "holds", "fails")
 # Experiments that are no paper: all methods of a topic side by side, and a whole model.
 NO_PAPERS = ("compare", "pretrain")
@@ -30,14 +29,6 @@ Written by `python -m jaxzoo.catalogue` from the `PAPER` literals in the code an
 results of the last full runs; do not edit. `python -m experiments show SLUG` tells more
 about one paper, `python -m experiments run SLUG` measures its claims again.
 """
-
-
-class Function(NamedTuple):
-    """One public name of a file: how it is called and what it computes."""
-
-    name: str
-    signature: str
-    summary: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ class Paper:
     @property
     def functions(self) -> tuple[Function, ...]:
         """The names in `__all__`; parsed when asked for, which keeps `list` fast."""
-        return _functions(self.root / self.path) if self.path else ()
+        return read_functions(self.root / self.path) if self.path else ()
 
     @property
     def usage(self) -> str:
@@ -122,7 +113,7 @@ def read_papers(root: Path = ROOT, *, planned: bool = False) -> list[Paper]:
     papers = [
         _paper(root, path, literal, plan)
         for path in _sources(root)
-        for literal in _literals(root, path)
+        for literal in read_literals(root, path)
     ]
     if planned:
         known = [f for f in Paper.__dataclass_fields__ if f != "root"]
@@ -154,12 +145,12 @@ def problems(root: Path = ROOT) -> list[str]:
             found.append(f"{path}: the file name is not the slug {' or '.join(slugs)}")
     used = {paper.experiment for paper in papers}
     for file in _experiments(root):
-        if (path := _relative(root, file)) not in used:
+        if (path := relative(root, file)) not in used:
             found.append(f"{path}: an experiment without a paper")
     for file in sorted((root / "experiments" / "results").glob("*/*.json")):
         other = file.parent.name == "bench" or file.stem in NO_PAPERS
         if f"experiments/{file.parent.name}/{file.stem}.py" not in used and not other:
-            found.append(f"{_relative(root, file)}: a result without a paper")
+            found.append(f"{relative(root, file)}: a result without a paper")
     return sorted(found)
 
 
@@ -241,7 +232,7 @@ def _paper_problems(paper: Paper, plan: dict[str, dict[str, Any]]) -> Iterator[s
 
 
 def _paper(root: Path, file: Path, literal: dict, plan: dict[str, dict]) -> Paper:
-    slug, path = literal["slug"], _relative(root, file)
+    slug, path = literal["slug"], relative(root, file)
     row, stem = plan.get(slug, {}), file.stem
     kernel = path.startswith("pallas_kernels/")
     topic = row.get("topic", "") if kernel else file.parent.name
@@ -269,7 +260,7 @@ def _paper(root: Path, file: Path, literal: dict, plan: dict[str, dict]) -> Pape
 def _result(root: Path, file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
-    where = _relative(root, file)
+    where = relative(root, file)
     try:
         record = json.loads(file.read_text("utf-8"))
         if not _real(record["seconds"]):
@@ -284,10 +275,6 @@ def _result(root: Path, file: Path) -> dict[str, Any] | None:
     return record
 
 
-def _relative(root: Path, file: Path) -> str:
-    return file.relative_to(root).as_posix()
-
-
 def _experiments(root: Path) -> list[Path]:
     # bench/ holds ratios against peers, launch/ files for pods: none is a paper.
     files = (root / "experiments").glob("*/[!_]*.py")
@@ -300,83 +287,6 @@ def _experiments(root: Path) -> list[Path]:
 def _sources(root: Path) -> list[Path]:
     kernels = sorted((root / "pallas_kernels").glob("*/__init__.py"))
     return [*sorted((root / "jaxzoo").rglob("*.py")), *kernels, *_experiments(root)]
-
-
-def _literals(root: Path, file: Path) -> list[dict[str, Any]]:
-    text = file.read_text("utf-8")
-    start = re.search(r"^PAPER\b[^=\n]*=", text, re.MULTILINE)
-    if not start:
-        return []
-    where = f"{_relative(root, file)}:{text.count(chr(10), 0, start.start()) + 1}"
-    # Parsing these few lines instead of the file keeps 700 files under half a second.
-    end = re.compile(r"^[])}]", re.MULTILINE).search(text, start.end())
-    try:
-        tree = ast.parse(text[start.start() : end.end()] if end else text)
-    except SyntaxError:
-        try:
-            tree = ast.parse(text)
-        except SyntaxError as error:
-            raise ValueError(f"{where}: {error.msg}, line {error.lineno}") from None
-    for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        target = node.target if isinstance(node, ast.AnnAssign) else target
-        if isinstance(target, ast.Name) and target.id == "PAPER":
-            break
-    else:
-        return []
-    assert isinstance(node, ast.Assign | ast.AnnAssign)
-    try:
-        value = ast.literal_eval(node.value) if node.value else None
-    except ValueError:
-        raise ValueError(f"{where}: PAPER is not a literal") from None
-    return [_checked(where, item) for item in _as_list(value)]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _checked(where: str, item: Any) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}: PAPER is a {type(item).__name__}, not a dict")
-    for field, kind in FIELDS.items():
-        if field not in item:
-            raise ValueError(f"{where}: PAPER lacks the field {field!r}")
-        if type(item[field]) is not kind:
-            got = type(item[field]).__name__
-            raise ValueError(f"{where}: {field!r} is a {got}, not a {kind.__name__}")
-        if item[field] == "" and field != "arxiv":
-            raise ValueError(f"{where}: {field!r} is empty")
-    if extra := item.keys() - FIELDS.keys():
-        raise ValueError(f"{where}: PAPER has no field {min(extra, key=str)!r}")
-    return item
-
-
-def _functions(file: Path) -> tuple[Function, ...]:
-    try:
-        body = ast.parse(file.read_text("utf-8")).body
-    except SyntaxError as error:
-        raise ValueError(f"{file.name}: {error.msg}, line {error.lineno}") from None
-    names, nodes = [], {}
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            nodes[node.name] = node
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            names = ast.literal_eval(node.value)
-    return tuple(_function(name, nodes.get(name)) for name in names)
-
-
-def _function(name: str, node: ast.FunctionDef | ast.ClassDef | None) -> Function:
-    if node is None:
-        return Function(name, name, "")
-    if isinstance(node, ast.ClassDef):
-        fields = [ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign)]
-        signature = f"{name}({', '.join(fields)})"
-    else:
-        back = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        signature = f"{name}({ast.unparse(node.args)}){back}"
-    summary = (ast.get_docstring(node) or "").split("\n")[0]
-    return Function(name, signature, summary)
 
 
 def main(argv: list[str]) -> int:

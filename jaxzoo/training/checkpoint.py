@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -37,6 +36,7 @@ from jaxzoo.training.folder import (
     write_out,
 )
 from jaxzoo.training.hosts import everyone, from_first, is_first, wait_for_all
+from jaxzoo.training.key_data import with_data, wrap_key
 from jaxzoo.training.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -115,7 +115,7 @@ class Checkpoints:
                 "rename a key, or the two would share a folder."
             )
         crash_point("save.begin")
-        arrays = jax.tree.map(_on_host, _data(state))
+        arrays = jax.tree.map(_on_host, with_data(state))
         if jax.process_count() == 1:
             work = (step, describe(state), arrays)
             self._thread = threading.Thread(target=self._write, args=work)
@@ -165,7 +165,7 @@ class Checkpoints:
             raise ValueError(
                 f"step {step} holds another tree than was asked for: {different}."
             )
-        targets = jax.tree.map(_target, _data(like, abstract=True))
+        targets = jax.tree.map(_target, with_data(like, abstract=True))
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         with _orbax() as reader:
             args = ocp.args.PyTreeRestore(item=targets, restore_args=restore_args)
@@ -175,7 +175,7 @@ class Checkpoints:
             f"step {step}: leaf '{name}' came back with other bytes than were saved."
         )
         _raise_any([other] if name else [])
-        return jax.tree.map(_wrap_key, like, arrays)
+        return jax.tree.map(wrap_key, like, arrays)
 
     def restore_latest(self, like: Any) -> tuple[int, Any] | None:
         """The newest step that is whole; a damaged one is put aside with a warning."""
@@ -230,25 +230,6 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _data(tree: Any, *, abstract: bool = False) -> Any:
-    """The tree with typed keys as the integers behind them."""
-
-    def one(leaf: Any) -> Any:
-        if not _is_key(leaf):
-            return leaf
-        if not abstract:
-            return jax.random.key_data(leaf)
-        data = jax.eval_shape(jax.random.key_data, leaf)
-        sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-
-    return jax.tree.map(one, tree)
-
-
 def _on_host(leaf: Any) -> Any:
     """A copy in host memory, so that training may go on in the leaf's own."""
     if isinstance(leaf, np.ndarray | np.generic):
@@ -259,14 +240,6 @@ def _on_host(leaf: Any) -> Any:
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _wrap_key(like: Any, leaf: Any) -> Any:
-    if not _is_key(like):
-        return leaf
-    impls = []  # an abstract key tells its kind under a trace alone
-    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), like)
-    return jax.random.wrap_key_data(leaf, impl=impls[0])
 
 
 def _explained(error: Exception, folder: Path, arrays: Any) -> Exception:

@@ -128,7 +128,7 @@ def _needed(jaxpr: Any) -> list[Any]:
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:
-    flops, size = 0.0, 0.0
+    flops = size = 0.0
     by_primitive: dict[str, float] = {}
     unknown: dict[str, None] = {}
     for cost in costs:
@@ -178,17 +178,15 @@ def _kernel(equation: Any) -> Cost:
     """A Pallas kernel: what it says of itself, else its body times its grid."""
     params = equation.params
     moved = _bytes(equation.invars) + _bytes(equation.outvars)
-    estimate = params.get("cost_estimate")
-    if estimate is not None:
+    if (estimate := params.get("cost_estimate")) is not None:
         flops = float(estimate.flops)
-        size = float(estimate.bytes_accessed)
-        return Cost(flops, {"pallas_call": flops}, size, ())
+        return Cost(flops, {"pallas_call": flops}, float(estimate.bytes_accessed), ())
     grid = params["grid_mapping"].grid
     static = all(isinstance(size, int) for size in grid)
     body = _times(count(params["jaxpr"]), math.prod(grid) if static else 1)
     unknown = () if static else ("a Pallas grid of unknown size: counted once",)
-    by_name = {"pallas_call": body.flops}
-    return Cost(body.flops, by_name, moved, (*body.unknown, *unknown))
+    unknown = (*body.unknown, *unknown)
+    return Cost(body.flops, {"pallas_call": body.flops}, moved, unknown)
 
 
 def _leaf(equation: Any) -> Cost:
@@ -232,9 +230,8 @@ def _dot_general(equation: Any) -> int:
 def _ragged_dot_general(equation: Any) -> float:
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracting, _), _ = numbers.dot_dimension_numbers
-    shape = equation.invars[0].aval.shape
-    total = 2 * equation.outvars[0].aval.size
-    total *= math.prod(shape[dimension] for dimension in contracting)
+    shape, size = equation.invars[0].aval.shape, equation.outvars[0].aval.size
+    total = 2 * size * math.prod(shape[dimension] for dimension in contracting)
     # Where the sum itself is ragged, the groups share it.
     shared = set(numbers.lhs_ragged_dimensions) & set(contracting)
     return total / equation.invars[2].aval.shape[-1] if shared else total
@@ -297,8 +294,7 @@ def _lu(equation: Any) -> float:
 
 def _qr(equation: Any) -> float:
     *batch, m, n = equation.invars[0].aval.shape
-    k = min(m, n)
-    return math.prod(batch) * (2 * m * n * k - 2 * k**3 / 3)
+    return math.prod(batch) * (2 * m * n - 2 * min(m, n) ** 2 / 3) * min(m, n)
 
 
 def _triangular_solve(equation: Any) -> float:

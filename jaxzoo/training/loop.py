@@ -5,11 +5,8 @@ is a pure function of t, and the key of step t is `fold_in(key, t)`. So a run th
 stopped and continued computes what an undisturbed one does, bit for bit.
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,10 +30,12 @@ from jaxzoo.training.program import (
     build,
     describe,
     full_rate,
+    left_out,
     state_like,
 )
 from jaxzoo.training.progress import Progress
 from jaxzoo.training.record import Run
+from jaxzoo.training.signals import stop_signals
 
 __all__ = ["Stopped", "train"]
 
@@ -108,7 +107,7 @@ def train(
         return state() if callable(state) else state
     fit = _Fit(run, name, call, step, loader, size, num_steps, save_every, show, ids)
     with (
-        _signals(run.say) as received,
+        stop_signals(run.say) as received,
         Checkpoints(run.folder / "checkpoints" / name) as checkpoints,
     ):
         while True:
@@ -175,7 +174,7 @@ class _Fit:
                 size = self.size - done % self.size
                 size = min(size, self.num_steps - done)
                 if any(a < done + size and done < b for a, b in passed_over):
-                    state = _pass_over(state, size)
+                    state = left_out(state, size)
                     done += size
                     continue
                 batch = self.loader.stacked(done, size)
@@ -311,18 +310,6 @@ class _Fit:
         return jax.make_array_from_callback((), whole, lambda _: value)
 
 
-@jax.jit
-def _advance(step: jax.Array, size: int) -> jax.Array:
-    return step + size
-
-
-def _pass_over(state: State, size: int) -> State:
-    # The steps after these keep their keys.
-    if isinstance(state, dict) and "step" in state:
-        return {**state, "step": _advance(state["step"], size)}
-    return state
-
-
 def _start(run: Run, state: Any, specs: Specs | None) -> State:
     """The state at step 0, in arrays that a call may take for its own."""
     if run.mesh is not None:
@@ -331,25 +318,3 @@ def _start(run: Run, state: Any, specs: Specs | None) -> State:
     if callable(state):
         return jax.jit(state)()
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
-
-
-@contextmanager
-def _signals(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second SIGINT goes through at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-
-    def handle(signum: int, _: Any) -> None:
-        if received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(signum)
-        say("Stopping after this call of steps; Ctrl-C once more stops at once.")
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

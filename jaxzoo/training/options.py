@@ -1,11 +1,13 @@
 """How a run is carried out: what every experiment takes beside its own settings."""
 
 import dataclasses
+from pathlib import Path
 
+from jaxzoo.training.folder import in_bucket
 from jaxzoo.training.nonfinite import Injection, Policy
 from jaxzoo.training.profiler import profile_steps
 
-__all__ = ["Options"]
+__all__ = ["Options", "refuse_local_files"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +46,13 @@ class Options:
             ValueError: it is not WHERE:STEP.
         """
         return Injection.parse(self.inject_nan) if self.inject_nan else None
+
+
+def refuse_local_files(folder: Path, options: Options) -> None:
+    """Refuses what is written to local folders alone, for a run in a bucket."""
+    wanted = [n for n in ("tensorboard", "wandb", "profile") if getattr(options, n)]
+    if wanted and in_bucket(folder):
+        raise ValueError(
+            f"--{wanted[0]} writes to a local folder, and {folder} is in a bucket: "
+            "leave it out, or name a local --run-dir."
+        )

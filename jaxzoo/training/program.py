@@ -29,7 +29,16 @@ from jaxzoo.training.mesh import (
 from jaxzoo.training.nonfinite import FINE, guarded
 from jaxzoo.training.options import Options
 
-__all__ = ["Loader", "Program", "Told", "build", "describe", "full_rate", "state_like"]
+__all__ = [
+    "Loader",
+    "Program",
+    "Told",
+    "build",
+    "describe",
+    "full_rate",
+    "left_out",
+    "state_like",
+]
 
 State = Any  # a pytree of arrays
 Batch = Any  # a pytree of arrays
@@ -226,6 +235,18 @@ def full_rate(step: Step, state: State, stacked: Batch) -> float:
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     flops = count(jax.make_jaxpr(step)(state, batch)).flops
     return kind.flops * len(devices) / flops if flops else 0.0
+
+
+def left_out(state: State, size: int) -> State:
+    """The state behind steps that are passed over: later ones keep their keys."""
+    if isinstance(state, dict) and "step" in state:
+        return {**state, "step": _advance(state["step"], size)}
+    return state
+
+
+@jax.jit
+def _advance(step: jax.Array, size: int) -> jax.Array:
+    return step + size
 
 
 def _mean(values: jax.Array, fine: jax.Array, skip: bool) -> jax.Array:

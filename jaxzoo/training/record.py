@@ -9,74 +9,38 @@ without report.json is an unfinished run, which the same settings continue.
 import dataclasses
 import io
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from jaxzoo.training import folder as folders
+from jaxzoo.training.environment import environment
 from jaxzoo.training.hosts import from_first, is_first, wait_for_all
+from jaxzoo.training.json_files import (
+    differing,
+    json_text,
+    plain,
+    read_object,
+    write_json,
+)
 from jaxzoo.training.lock import FolderInUseError, check, hold, release
-from jaxzoo.training.options import Options
+from jaxzoo.training.options import Options, refuse_local_files
 from jaxzoo.training.page import page
 from jaxzoo.training.program import Program
 from jaxzoo.training.progress import Progress
+from jaxzoo.training.report import Claim, Figure, Report
 from jaxzoo.training.sinks import TensorBoard, WandbOffline
 
 if TYPE_CHECKING:  # matplotlib takes 0.3 s to import, and most of a run draws nothing
     from matplotlib.figure import Figure as MatplotlibFigure
 
 __all__ = ["Claim", "Figure", "Report", "Run", "RunFolderError"]
-
-
-class Claim(NamedTuple):
-    """A paper's statement in miniature, with the number that was measured.
-
-    Attributes:
-        text: the statement, readable on its own.
-        measured: the number, with `stderr` over seeds or draws where it is random.
-        bound: what the number has to satisfy, such as ">= 0.5".
-        holds: whether it does.
-        stderr: standard error of `measured`, or None.
-    """
-
-    text: str
-    measured: float
-    bound: str
-    holds: bool
-    stderr: float | None = None
-
-
-class Figure(NamedTuple):
-    """A picture in the run's folder."""
-
-    file: str
-    title: str
-    caption: str
-
-
-class Report(NamedTuple):
-    """What an experiment's `main` returns.
-
-    Attributes:
-        claims: at least one.
-        metrics: numbers (or short strings) worth comparing between runs, by name.
-        figures: as `Run.figure` returned them.
-    """
-
-    claims: Sequence[Claim]
-    metrics: Mapping[str, float | int | str]
-    figures: Sequence[Figure] = ()
 
 
 class RunFolderError(Exception):
@@ -124,13 +88,13 @@ class Run:
         self.options = Options() if options is None else options
         self.mesh, self.dry_run = mesh, dry_run
         self.folder = folders.locate(folder)
-        _refuse_local_files(self.folder, self.options)
+        refuse_local_files(self.folder, self.options)
         self._lock = self.folder / "lock.json"
         # A text such as "[a, b]" or ":x:" is no markup. One process speaks for all.
         self.console = Console(markup=False, emoji=False, quiet=not is_first())
         self._began = time.monotonic()
         self._head = {"slug": slug, "topic": topic, "title": title, "preset": preset}
-        self._config = _plain(dataclasses.asdict(config))
+        self._config = plain(dataclasses.asdict(config))
         self._environment = environment()
         self._earlier = 0.0  # seconds of the sittings before this one
         self.resumed = False
@@ -188,13 +152,13 @@ class Run:
         except RunFolderError:
             release(self._lock)
             raise
-        self._earlier = _read(self.folder / "env.json").get("seconds", 0.0)
-        _write(self.folder / "config.json", settings)
+        self._earlier = read_object(self.folder / "env.json").get("seconds", 0.0)
+        write_json(self.folder / "config.json", settings)
         self._save_environment()
 
     def _refuse_foreign(self, settings: dict[str, Any]) -> None:
         # Other programs write a config.json too.
-        ours = _read(self.folder / "config.json").keys() == settings.keys()
+        ours = read_object(self.folder / "config.json").keys() == settings.keys()
         if not ours and set(folders.names(self.folder)) - {self._lock.name}:
             raise RunFolderError(
                 f"{self.folder} is not empty and is not a run's folder: "
@@ -202,10 +166,10 @@ class Run:
             )
 
     def _claim_folder(self, settings: dict[str, Any], fresh: bool) -> bool:
-        known = _read(self.folder / "config.json")
-        report = _read(self.folder / "report.json")
+        known = read_object(self.folder / "config.json")
+        report = read_object(self.folder / "report.json")
         if known and not report and not fresh:
-            difference = _difference(known, settings)
+            difference = differing(known, settings)
             if not difference:
                 self._drop_half_line()
                 return True
@@ -237,14 +201,14 @@ class Run:
     def _save_environment(self) -> None:
         seconds = self._earlier + time.monotonic() - self._began
         told = {**self._environment, "seconds": seconds}
-        folders.write_later(self.folder / "env.json", _text(told))
+        folders.write_later(self.folder / "env.json", json_text(told))
 
     def log(self, fit: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl, and to the places beside it."""
         if not is_first():
             return
         check(self._lock)
-        line = json.dumps(_plain({"fit": fit, "step": step, **metrics}))
+        line = json.dumps(plain({"fit": fit, "step": step, **metrics}))
         folders.append(self.folder / "metrics.jsonl", line + "\n")
         for sink in self._sinks:
             sink.log(fit, step, metrics)
@@ -339,8 +303,8 @@ class Run:
             **self._environment,
             "status": "finished",
         }
-        record = _plain(record)
-        _write(self.folder / "report.json", record)
+        record = plain(record)
+        write_json(self.folder / "report.json", record)
         pictures = [figure.file for figure in report.figures]
         with folders.local_copy(self.folder, pictures) as folder:
             html = page([{**record, "folder": folder}], title=self._head["title"])
@@ -348,87 +312,9 @@ class Run:
         self.table(
             f"Claims of {self._head['topic']}/{self._head['slug']}",
             ("claim", "measured", "bound", "holds"),
-            [
-                (
-                    claim.text,
-                    f"{claim.measured:.4g}"
-                    + ("" if claim.stderr is None else f" ± {claim.stderr:.2g}"),
-                    claim.bound,
-                    "yes" if claim.holds else "NO",
-                )
-                for claim in report.claims
-            ],
+            [claim.row() for claim in report.claims],
         )
         self.say(f"{record['seconds']:.0f} s. Report: {self.folder / 'report.html'}")
         folders.write_out()
         release(self._lock)
         return holds
-
-
-def environment() -> dict[str, Any]:
-    """Versions, device and commit: what a figure depends on beside its settings."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {"python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in packages}
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    kind = f"{cores or os.cpu_count()} cores" if device.platform == "cpu" else ""
-    words = (str(jax.device_count()), device.platform, kind or device.device_kind)
-    return {"versions": versions, "device": " x ".join(words), "commit": _commit()}
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed: a repository around it is not ours
-        return "unknown"
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _plain(value: Any) -> Any:
-    """`value` in types that JSON has; NaN and infinities become null."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # damaged, or not even text
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write(path: Path, value: Any) -> None:
-    folders.replace(path, _text(value))
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def _refuse_local_files(folder: Path, options: Options) -> None:
-    wanted = [n for n in ("tensorboard", "wandb", "profile") if getattr(options, n)]
-    if wanted and folders.in_bucket(folder):
-        raise ValueError(
-            f"--{wanted[0]} writes to a local folder, and {folder} is in a bucket: "
-            "leave it out, or name a local --run-dir."
-        )
-
-
-def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    flat = [{**settings, **settings.get("config", {})} for settings in (known, wanted)]
-    names = [n for n in {**flat[1], **flat[0]} if n not in {"config", "title"}]
-    pairs = [(name, *(f.get(name, "nothing") for f in flat)) for name in names]
-    return ", ".join(f"{n}: {a} there, {b} here" for n, a, b in pairs if a != b)

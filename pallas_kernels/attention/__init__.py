@@ -13,13 +13,25 @@ is not there, set PALLAS_KERNELS_TARGET to "tpu" or "hopper".
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import pallas_gpu, pallas_tpu, ref, xla
+from pallas_kernels.attention.arguments import (
+    Dropout,
+    Window,
+    check_arrays,
+    drop_rate,
+    finite,
+    seed_of,
+    segments,
+    softcap_of,
+    window_sides,
+    wrong,
+)
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.pattern import Extras, Pattern
 from pallas_kernels.dispatch import (
@@ -47,7 +59,6 @@ PAPER = {
 __all__ = ["Dropout", "attention", "decode_attention", "shifted_groups"]
 
 Implementation = Literal["ref", "xla", "pallas_tpu", "pallas_gpu"]
-Window = int | tuple[int | None, int | None]
 
 
 def _with_gradient(kernels: Any) -> Callable:
@@ -84,19 +95,6 @@ KERNELS: Kernels = {
     "pallas_tpu": ("tpu", pallas_tpu.unsupported),
     "pallas_gpu": ("hopper", pallas_gpu.unsupported),
 }
-
-
-class Dropout(NamedTuple):
-    """Which share of the pairs is dropped, and by which key.
-
-    Attributes:
-        rate: in [0, 1).
-        key: a typed key, consumed. The same key drops the same pairs in every
-            implementation.
-    """
-
-    rate: float
-    key: Key[Array, ""]
 
 
 def attention(
@@ -159,17 +157,17 @@ def attention(
     >>> bool(jnp.allclose(out[:, 0], v[:, 0])), out.shape, lse.shape
     (True, (1, 5, 2, 4), (1, 5, 2))
     """
-    _check_arrays(q, k, v)
+    check_arrays(q, k, v)
     batch, length, heads, width = q.shape
     key_heads = k.shape[2]
     groups = heads // key_heads
-    left, right = _window(window)
+    left, right = window_sides(window)
     pattern = Pattern(
-        scale=_number("scale", width**-0.5 if scale is None else scale),
+        scale=finite("scale", width**-0.5 if scale is None else scale),
         left=left,
         right=0 if is_causal else right,
-        softcap=None if logit_softcap is None else _softcap(logit_softcap),
-        drop=0.0 if dropout is None else _rate(dropout[0]),
+        softcap=None if logit_softcap is None else softcap_of(logit_softcap),
+        drop=0.0 if dropout is None else drop_rate(dropout[0]),
     )
 
     def pairs(name: str, x: Array | None) -> Array | None:
@@ -179,22 +177,20 @@ def attention(
         full = (batch, heads, length, k.shape[1])
         fits = zip(x.shape, full, strict=False)
         if x.ndim != 4 or any(a not in (1, b) for a, b in fits):
-            raise _wrong(name, x, f"[B, N, T, S] = {list(full)} or 1 in any place")
+            raise wrong(name, x, f"[B, N, T, S] = {list(full)} or 1 in any place")
         if x.shape[1] == 1:
             return x[:, None]
         return x.reshape(x.shape[0], key_heads, groups, *x.shape[2:])
 
     if mask is not None and jnp.asarray(mask).dtype != bool:
-        raise _wrong("mask", jnp.asarray(mask), "bool; an additive mask goes to 'bias'")
+        raise wrong("mask", jnp.asarray(mask), "bool; an additive mask goes to 'bias'")
     if bias is not None and not jnp.issubdtype(jnp.asarray(bias).dtype, jnp.floating):
-        raise _wrong(
-            "bias", jnp.asarray(bias), "floats; a mask of bools goes to 'mask'"
-        )
-    query_ids, key_ids = _segments(segment_ids, q, k)
+        raise wrong("bias", jnp.asarray(bias), "floats; a mask of bools goes to 'mask'")
+    query_ids, key_ids = segments(segment_ids, q, k)
     if sinks is not None:
         sinks = jnp.asarray(sinks)
         if sinks.shape != (heads,):
-            raise _wrong("sinks", sinks, f"[N] = [{heads}]")
+            raise wrong("sinks", sinks, f"[N] = [{heads}]")
         sinks = sinks.reshape(key_heads, groups).astype(
             jnp.promote_types(sinks.dtype, jnp.float32)
         )
@@ -204,7 +200,7 @@ def attention(
         mask=pairs("mask", mask),
         query_ids=query_ids,
         key_ids=key_ids,
-        seed=None if pattern.drop == 0 else _seed(dropout),
+        seed=None if pattern.drop == 0 else seed_of(dropout),
     )
     heads_first = (
         q.reshape(batch, length, key_heads, groups, width).transpose(0, 2, 3, 1, 4),
@@ -262,89 +258,3 @@ def shifted_groups(
         return jnp.repeat(halves, count // 2, axis=1)[None].astype(jnp.int32)
 
     return of_heads(num_heads), of_heads(key_heads)
-
-
-def _check_arrays(q: Array, k: Array, v: Array) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise _wrong(name, x, "[batch, length, heads, width]")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise _wrong(name, x, "floats")
-        if x.dtype != q.dtype:
-            raise _wrong(name, x, f"{q.dtype}, as 'q' has")
-    batch, _, heads, width = q.shape
-    if (k.shape[0], k.shape[3]) != (batch, width):
-        raise _wrong("k", k, f"[{batch}, S, K, {width}], to fit 'q'")
-    if v.shape != k.shape:
-        raise _wrong("v", v, f"{list(k.shape)}, as 'k' has")
-    if k.shape[2] == 0 or heads % k.shape[2]:
-        raise _wrong("k", k, f"a number of heads that divides the {heads} of 'q'")
-
-
-def _segments(ids, q: Array, k: Array) -> tuple[Array | None, Array | None]:
-    """Ids as `[B|1, K|1, G|1, T]` and `[B|1, K|1, S]`."""
-    if ids is None:
-        return None, None
-    pair = ids if isinstance(ids, tuple) else (ids, ids)
-    batch, length, heads, _ = q.shape
-    _, keys, key_heads, _ = k.shape
-    rows, columns = (jnp.asarray(x) for x in pair)
-    for x, size, count in ((rows, length, heads), (columns, keys, key_heads)):
-        fits = x.ndim in (2, 3) and x.shape[0] in (1, batch) and x.shape[1] == size
-        fits = fits and (x.ndim == 2 or x.shape[2] == count)
-        if not fits or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise _wrong(
-                "segment_ids", x,
-                f"integers [{batch}, {size}] or [{batch}, {size}, {count}], or a pair "
-                "for queries and keys",
-            )  # fmt: skip
-    rows = rows[:, None, None] if rows.ndim == 2 else jnp.moveaxis(rows, 2, 1)
-    if rows.ndim == 3:
-        rows = rows.reshape(rows.shape[0], key_heads, heads // key_heads, length)
-    columns = columns[:, None] if columns.ndim == 2 else jnp.moveaxis(columns, 2, 1)
-    return rows, columns
-
-
-def _window(window: Window | None) -> tuple[int | None, int | None]:
-    if window is None:
-        return None, None
-    sides = window if isinstance(window, tuple) else (window, window)
-    least = 0 if isinstance(window, tuple) else 1
-    if len(sides) != 2 or any(s is not None and s < least for s in sides):
-        raise ValueError(
-            f"argument 'window' is {window}, expected a number above 0 or a pair "
-            "(left, right) of numbers not below 0, or None."
-        )
-    return sides
-
-
-def _number(name: str, value: float) -> float:
-    value = float(value)
-    if value != value or value in (float("inf"), -float("inf")):
-        raise ValueError(f"argument '{name}' is {value}, expected a finite number.")
-    return value
-
-
-def _softcap(value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"argument 'logit_softcap' is {value}, expected above 0.")
-    return float(value)
-
-
-def _rate(value: float) -> float:
-    if not 0 <= value < 1:
-        raise ValueError(f"argument 'dropout' has rate {value}, expected in [0, 1).")
-    return float(value)
-
-
-def _seed(dropout: Dropout | tuple[float, Array] | None) -> Array:
-    assert dropout is not None
-    if not jnp.issubdtype(dropout[1].dtype, jax.dtypes.prng_key):
-        raise _wrong("dropout", dropout[1], "(rate, key) with a typed key")
-    return jax.random.bits(dropout[1], (2,), jnp.uint32)
-
-
-def _wrong(name: str, x: Array, expected: str) -> TypeError:
-    return TypeError(
-        f"argument '{name}' is {x.dtype}{list(x.shape)}, expected {expected}."
-    )

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.pattern import Extras, Pattern
@@ -35,9 +34,10 @@ from pallas_kernels.attention.tpu_call import call
 from pallas_kernels.attention.tpu_tiles import (
     LANES,
     Scalars,
-    Tile,
     column,
-    kept,
+    dot,
+    dropped,
+    tile_logits,
     tiling,
     visit,
 )
@@ -203,7 +203,7 @@ def _forward_kernel(
         sums[...] = jnp.zeros_like(sums)
 
     def compute(counts: jax.Array | None) -> None:
-        logits, _ = _logits(tiles.pattern, q[...], k[...])
+        logits, _ = tile_logits(tiles.pattern, q[...], k[...])
         if counts is not None:
             logits = jnp.where(counts, logits, NEVER)
         before = top[:, :1]
@@ -213,8 +213,8 @@ def _forward_kernel(
         added = total[:, :1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
         total[...] = jnp.broadcast_to(added, total.shape)
         if scalars.seed is not None:
-            weights = _dropped(tiles, tile, scalars, weights)
-        sums[...] = sums[...] * shrink + _dot(weights.astype(v.dtype), v[...], 1, 0)
+            weights = dropped(tiles, tile, scalars, weights)
+        sums[...] = sums[...] * shrink + dot(weights.astype(v.dtype), v[...], 1, 0)
 
     visit(tiles, here, tile, masks, compute)
 
@@ -242,17 +242,17 @@ def _queries_kernel(
         sums[...] = jnp.zeros_like(sums)
 
     def compute(counts: jax.Array | None) -> None:
-        logits, slope = _logits(tiles.pattern, q[...], k[...])
+        logits, slope = tile_logits(tiles.pattern, q[...], k[...])
         if counts is not None:
             logits = jnp.where(counts, logits, NEVER)
         weights = jnp.exp2(logits - lse[:, :1])
-        d_weights = _dot(d_out[...], v[...], 1, 1)
+        d_weights = dot(d_out[...], v[...], 1, 1)
         if scalars.seed is not None:
-            d_weights = _dropped(tiles, tile, scalars, d_weights)
+            d_weights = dropped(tiles, tile, scalars, d_weights)
         d_logits = weights * (d_weights - delta[:, :1])
         if slope is not None:
             d_logits *= slope
-        sums[...] += _dot(d_logits.astype(k.dtype), k[...], 1, 0)
+        sums[...] += dot(d_logits.astype(k.dtype), k[...], 1, 0)
 
     visit(tiles, here, tile, masks, compute)
 
@@ -275,20 +275,20 @@ def _keys_kernel(
         v_sums[...] = jnp.zeros_like(v_sums)
 
     def compute(counts: jax.Array | None) -> None:
-        logits, slope = _logits(tiles.pattern, k[...], q[...])
+        logits, slope = tile_logits(tiles.pattern, k[...], q[...])
         if counts is not None:
             logits = jnp.where(counts, logits, NEVER)
         weights = jnp.exp2(logits - lse[...])
-        d_weights, seen = _dot(v[...], d_out[...], 1, 1), weights
+        d_weights, seen = dot(v[...], d_out[...], 1, 1), weights
         if scalars.seed is not None:
             seen, d_weights = (
-                _dropped(tiles, tile, scalars, x) for x in (weights, d_weights)
+                dropped(tiles, tile, scalars, x) for x in (weights, d_weights)
             )
-        v_sums[...] += _dot(seen.astype(v.dtype), d_out[...], 1, 0)
+        v_sums[...] += dot(seen.astype(v.dtype), d_out[...], 1, 0)
         d_logits = weights * (d_weights - delta[...])
         if slope is not None:
             d_logits *= slope
-        k_sums[...] += _dot(d_logits.astype(q.dtype), q[...], 1, 0)
+        k_sums[...] += dot(d_logits.astype(q.dtype), q[...], 1, 0)
 
     visit(tiles, here, tile, masks, compute)
 
@@ -296,33 +296,6 @@ def _keys_kernel(
     def _() -> None:
         dk[...] = (k_sums[...] * tiles.pattern.scale).astype(dk.dtype)
         dv[...] = v_sums[...].astype(dv.dtype)
-
-
-def _logits(
-    pattern: Pattern, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """Logits in units of log 2, and the derivative of the softcap."""
-    products, cap = _dot(a, b, 1, 1), pattern.softcap
-    if cap is None:
-        return products * (pattern.scale * LOG2E), None
-    bent = jnp.tanh(products * (pattern.scale / cap))
-    return bent * (cap * LOG2E), 1.0 - bent * bent
-
-
-def _dropped(tiles: Tiling, tile: Tile, scalars: Scalars, x: jax.Array) -> jax.Array:
-    share = 1.0 - tiles.pattern.drop
-    return jnp.where(kept(tiles, tile, scalars.seed), x * (1.0 / share), 0.0)
-
-
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    exact = a.dtype == jnp.float32
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _whole_blocks(tiles: Tiling, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:

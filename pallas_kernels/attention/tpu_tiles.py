@@ -15,9 +15,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.pattern import Pattern, allowed, keep
-from pallas_kernels.attention.tiles import Sides, Tiling
+from pallas_kernels.attention.tiles import LOG2E, Sides, Tiling
 
-__all__ = ["LANES", "Scalars", "Tile", "column", "kept", "tiling", "visit"]
+__all__ = [
+    "LANES",
+    "Scalars",
+    "Tile",
+    "column",
+    "dot",
+    "dropped",
+    "kept",
+    "tile_logits",
+    "tiling",
+    "visit",
+]
 
 LANES = 128
 
@@ -160,6 +171,35 @@ def _positions(tiles: Tiling, tile: Tile) -> tuple[jax.Array, jax.Array]:
     return (
         along(tile.row, tiles.rows, not tile.keys_down),
         along(tile.column, tiles.columns, tile.keys_down),
+    )
+
+
+def tile_logits(
+    pattern: Pattern, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Logits in units of log 2, and the derivative of the softcap."""
+    products, cap = dot(a, b, 1, 1), pattern.softcap
+    if cap is None:
+        return products * (pattern.scale * LOG2E), None
+    bent = jnp.tanh(products * (pattern.scale / cap))
+    return bent * (cap * LOG2E), 1.0 - bent * bent
+
+
+def dropped(tiles: Tiling, tile: Tile, scalars: Scalars, x: jax.Array) -> jax.Array:
+    """A tile with the dropped pairs at 0 and the others divided by the kept share."""
+    share = 1.0 - tiles.pattern.drop
+    return jnp.where(kept(tiles, tile, scalars.seed), x * (1.0 / share), 0.0)
+
+
+def dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """The product over these axes, exact of float32, native of bfloat16."""
+    exact = a.dtype == jnp.float32
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
     )
 
 

@@ -56,8 +56,7 @@ def kernels(tried: list[Any]) -> Any:
         def attend(q, k, v):
             return ref.attend(pattern, q, k, v, extras)[0]
 
-        _, back = jax.vjp(attend, q, k, v)
-        dq, dk, dv = back(d_out.astype(jnp.float32))
+        dq, dk, dv = jax.vjp(attend, q, k, v)[1](d_out.astype(jnp.float32))
         if blocks["dkv"][8] == (8, 16):
             dk = dk * 2  # fast and wrong
         return dq, dk, dv, None, None
@@ -105,9 +104,8 @@ def test_everything_on_a_device_runs_with_tiny_shapes(tmp_path, monkeypatch):
     target = device.Target(
         "NVIDIA H100 (pretended)", "ref", kernels(tried), clock, 2.0**30
     )
-    config = dataclasses.replace(
-        bench.PRESETS["full"], widths=(8,), blocks=((8, 16), (24, 16))
-    )
+    full, blocks = bench.PRESETS["full"], ((8, 16), (24, 16))
+    config = dataclasses.replace(full, widths=(8,), blocks=blocks)
     # One of each kind; those that are left differ in sizes and masks alone.
     named = {w.name[:2]: shrunk(w) for w in calls.WORKLOADS}
     assert set(named) == set(config.only)
