@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hopper import lowered
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_selective_scan_tpu import (
+from selective_scan_inputs import (
     HARD,
     QUICKLY,
     SOFT,

@@ -11,67 +11,27 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
+from selective_scan_inputs import (
+    HARD,
+    QUICKLY,
+    SOFT,
+    definition,
+    described,
+    inputs,
+    knobs,
+    split_in_two,
+)
 
 from pallas_kernels.selective_scan import pallas_tpu as tpu
 from pallas_kernels.selective_scan import ref, selective_scan
 from pallas_kernels.selective_scan.terms import Inputs, Rule
 from pallas_kernels.selective_scan.tpu_plan import plan_of
 
-RNG = np.random.default_rng(0)
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-SOFT, HARD = Rule(softplus=True), Rule()
-
-
-def normal(*shape, dtype: Any = jnp.float32):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32).astype(dtype)
-
-
-def inputs(shape, dtype: Any = jnp.float32, extras=True) -> tuple[Inputs, Any, Any]:
-    """The arrays of (B, T, G, P, N), and gradients of y and of the last state."""
-    batch, length, groups, width, states = shape
-    of_tokens, of_states = shape[:4], (batch, length, groups, states)
-    start = (batch, groups, states, width)
-    ids = np.sort(RNG.integers(0, 3, (batch, length)), 1)
-    arrays = Inputs(
-        u=normal(*of_tokens, dtype=dtype),
-        delta=(normal(*of_tokens) - 1 if extras else abs(normal(*of_tokens))),
-        A=-jnp.exp(normal(groups, states, width) - 1),
-        B=normal(*of_states, dtype=dtype),
-        C=normal(*of_states, dtype=dtype),
-        D=normal(groups, width) if extras else None,
-        z=normal(*of_tokens, dtype=dtype) if extras else None,
-        delta_bias=normal(groups, width) if extras else None,
-        start=normal(*start),
-        resets=jnp.asarray(np.diff(ids, axis=1, prepend=ids[:, :1]) != 0)
-        if extras
-        else None,
-    )
-    arrays = arrays._replace(delta=arrays.delta.astype(dtype))
-    return arrays, normal(*of_tokens, dtype=dtype), normal(*start)
-
 
 def kernels(rule, arrays, d_y, d_end, interpret: Any = True):
     """y, the last state, and the gradients, of the kernels."""
     y, end, kept = tpu.forward_keeping(rule, arrays, interpret=interpret)
     return y, end, tpu.backward(rule, arrays, kept, d_y, d_end, interpret=interpret)
-
-
-def definition(rule, arrays, d_y, d_end):
-    def scan(floats):
-        return ref.scan(rule, floats._replace(resets=arrays.resets))
-
-    floats = arrays._replace(resets=None)
-    (y, end), back = jax.vjp(scan, floats)
-    return y, end, back((d_y.astype(y.dtype), d_end))[0]
 
 
 def assert_equal(rule, given, bound=1e-5, **knobs):
@@ -100,12 +60,6 @@ CASES = {
 def stage(name, describe):
     """Marks a test as a case of a stage of these kernels."""
     return pytest.mark.stage("selective_scan", "pallas_tpu", name, describe)
-
-
-def described(shape: tuple[int, ...], dtype: Any) -> str:
-    batch, length, groups, width, states = shape
-    sizes = f"B={batch} T={length} D={groups * width} G={groups} N={states}"
-    return f"{sizes} {jnp.dtype(dtype).name}"
 
 
 @stage("interpreted", lambda name: f"{name}: {described(*CASES[name][1:3])}")
@@ -263,18 +217,6 @@ def test_lowers_for_tpu(shape, dtype, extras):
     assert lowered(SOFT, *given).count("tpu_custom_call") == 2
 
 
-def knobs(arrays: Inputs) -> dict[str, Any]:
-    """The arrays as arguments of the operation, of one group."""
-    drop = {k: jnp.squeeze(x, -2) for k, x in arrays._asdict().items() if k in "uDzBC"}
-    return {
-        **drop,
-        "delta": jnp.squeeze(arrays.delta, -2),
-        "A": jnp.swapaxes(arrays.A[0], 0, 1),
-        "delta_bias": arrays.delta_bias[0],
-        "initial_state": jnp.swapaxes(arrays.start[:, 0], -1, -2),
-    }
-
-
 @pytest.fixture
 def interpreted(monkeypatch):
     """The TPU kernels, interpreted, as the implementation that is chosen."""
@@ -282,37 +224,6 @@ def interpreted(monkeypatch):
     for name in ("forward", "forward_keeping", "backward"):
         whole = functools.partial(getattr(tpu, name), interpret=True)
         monkeypatch.setattr(tpu, name, whole)
-
-
-def split_in_two(check: bool) -> tuple[Any, Any, Any]:
-    """A loss with the sequence whole in XLA, and split in two; its arguments."""
-    arrays, d_y, _ = inputs((2, 24, 1, 5, 3))
-    floats, ids = knobs(arrays), jnp.cumsum(arrays.resets, axis=1)
-    weights = d_y[:, :, 0]
-    mesh = jax.make_mesh((2,), ("time",), axis_types=(AxisType.Auto,))
-    along = {"u", "delta", "B", "C", "z"}
-    specs = {k: P(None, "time") if k in along else P() for k in floats}
-
-    def total(floats, ids, weights, **words):
-        y, end = selective_scan(
-            **floats, delta_softplus=True, segment_ids=ids, return_final_state=True,
-            **words,
-        )  # fmt: skip
-        return jnp.sum(weights * jnp.sin(y)), jnp.sum(jnp.sin(end))
-
-    def part(floats, ids, weights):
-        of_y, of_end = total(floats, ids, weights, axis_name="time")
-        return jax.lax.psum(of_y, "time") + of_end
-
-    split = jax.shard_map(
-        part, mesh=mesh, in_specs=(specs, P(None, "time"), P(None, "time")),
-        out_specs=P(), check_vma=check,
-    )  # fmt: skip
-
-    def whole(floats, ids, weights):
-        return sum(total(floats, ids, weights, implementation="xla"))
-
-    return whole, split, (floats, ids, weights)
 
 
 def test_they_are_behind_the_same_call_also_where_a_sequence_is_split(interpreted):

@@ -21,9 +21,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
+SITTING = Path(__file__).with_name("kill_sitting.py")  # what is killed
 FAMILIES = ("vae", "classifier", "contrastive")
 CRASH_POINTS = (
     "save.begin",
@@ -88,9 +89,9 @@ class Run(NamedTuple):
 
     def start(self, crash_at: str = "") -> subprocess.Popen:
         """Starts a sitting; it ends by itself, by a crash point or by a signal."""
-        words = ["--sit", self.folder, "--family", self.family]
+        words = ["--family", self.family, "--steps", str(self.num_steps)]
         return subprocess.Popen(
-            [sys.executable, __file__, *words, "--steps", str(self.num_steps)],
+            [sys.executable, SITTING, self.folder, *words],
             env=environment(self.cache, crash_at),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -223,8 +224,7 @@ def campaign(
     problems = undisturbed.compare(undisturbed)
 
     phases: Counter[str] = Counter()
-    done = crashes = lost = computed_again = 0
-    runs = 0
+    done = crashes = runs = lost = computed_again = 0
     while done < kills:
         run = Run(folder / f"run{runs}", family, cache)
         left = min(kills_per_run, kills - done)
@@ -273,18 +273,14 @@ def campaign(
 
 def total(parts: list[Figures]) -> Figures:
     """The figures of several campaigns, one after the other."""
-    phases: Counter[str] = Counter()
-    for part in parts:
-        phases.update(part.phases)
-    problems = tuple(problem for part in parts for problem in part.problems)
     return Figures(
         kills=sum(part.kills for part in parts),
         crashes=sum(part.crashes for part in parts),
         runs=sum(part.runs for part in parts),
-        phases=phases,
+        phases=sum((Counter(part.phases) for part in parts), Counter()),
         lost=sum(part.lost for part in parts),
         again=sum(part.again for part in parts),
-        problems=problems,
+        problems=tuple(problem for part in parts for problem in part.problems),
         seconds=sum(part.seconds for part in parts),
     )
 
@@ -295,219 +291,13 @@ def _wait_for_begin(process: subprocess.Popen) -> None:
         pass
 
 
-def sit(folder: Path, family: str, num_steps: int) -> None:
-    """One sitting of a run, in this process: what is killed."""
-    import dataclasses
-
-    from jaxzoo.training import record
-    from jaxzoo.training.loop import train
-
-    step, state, batch_at = {
-        "vae": _vae,
-        "classifier": _classifier,
-        "contrastive": _contrastive,
-    }[family]()
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        steps: int = num_steps
-
-    print(BEGIN, flush=True)
-    begun = False
-
-    def batches(t: int) -> Any:
-        nonlocal begun
-        if not begun:
-            with open(folder.with_suffix(".begun"), "a") as file:
-                file.write(f"{t}\n")
-            begun = True
-        return batch_at(t)
-
-    try:
-        run = record.Run(
-            folder,
-            topic="kill",
-            slug=family,
-            title=f"A {family} that is killed",
-            preset="full",
-            config=Config(),
-        )
-    except record.RunFolderError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    train(
-        run,
-        "fit",
-        step,
-        state,
-        batches,
-        num_steps=num_steps,
-        log_every=LOG_EVERY,
-        save_every=0.0,
-    )
-    loss = float(run.history("fit")["loss"][-1])
-    claim = record.Claim("the loss is finite", loss, "finite", True)
-    run.finish(record.Report([claim], {"loss": loss}))
-
-
-def _vae() -> tuple[Any, Any, Any]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from jaxzoo.core.stats import bernoulli_log_prob, normal_kl
-    from jaxzoo.nn.mlp import MLP, GaussianMLP
-    from jaxzoo.training.step import init_state, update_step
-    from jaxzoo.vae.vae import elbo, reparameterize
-
-    encoder, decoder = GaussianMLP(latents=4, hidden=(32,)), MLP((32, 64))
-
-    def loss(params, key, x):
-        mean, log_std = encoder.apply(params["encoder"], x)  # pyright: ignore
-        assert isinstance(mean, jax.Array) and isinstance(log_std, jax.Array)
-        z = reparameterize(key, mean, log_std)
-        logits = decoder.apply(params["decoder"], z)[0]  # pyright: ignore
-        log_likelihood = bernoulli_log_prob(x, logits)
-        value = -elbo(log_likelihood, normal_kl(mean, log_std)).mean()
-        return value, {"loss": value}
-
-    def batch_at(t):
-        rng = np.random.default_rng((1, t))
-        prototype = np.random.default_rng(0).random((4, 64)) < 0.5
-        flips = rng.random((16, 64)) < 0.1
-        return (prototype[rng.integers(4, size=16)] ^ flips).astype(np.float32)
-
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "encoder": encoder.init(keys[0], jnp.zeros((1, 64))),
-        "decoder": decoder.init(keys[1], jnp.zeros((1, 4))),
-    }
-    optimizer = optax.adam(1e-3)
-    return (
-        update_step(loss, optimizer),
-        init_state(keys[2], params, optimizer),
-        batch_at,
-    )
-
-
-def _classifier() -> tuple[Any, Any, Any]:
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from jaxzoo.training.step import init_state
-
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x, key):
-            x = nn.BatchNorm(use_running_average=False)(nn.Dense(32)(x))
-            keep = jax.random.bernoulli(key, 0.8, x.shape)
-            return nn.Dense(3)(jnp.where(keep, nn.relu(x), 0.0) / 0.8)
-
-    net, optimizer = Net(), optax.chain(optax.clip(1.0), optax.sgd(0.05, momentum=0.9))
-
-    def step(state, batch):
-        key = jax.random.fold_in(state["key"], state["step"])
-
-        def loss(params):
-            variables = {"params": params, "batch_stats": state["batch_stats"]}
-            logits, new = net.apply(variables, batch["x"], key, mutable=["batch_stats"])
-            terms = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-            return terms.mean(), new["batch_stats"]
-
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (value, batch_stats), gradient = value_and_grad(state["params"])
-        updates, opt_state = optimizer.update(
-            gradient, state["opt_state"], state["params"]
-        )
-        new_state = {
-            **state,
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-            "batch_stats": batch_stats,
-            "step": state["step"] + 1,
-        }
-        return new_state, {"loss": value}
-
-    def batch_at(t):
-        rng = np.random.default_rng((2, t))
-        centres = np.random.default_rng(0).normal(size=(3, 16))
-        y = rng.integers(3, size=16).astype(np.int32)
-        x = centres[y] + rng.normal(size=(16, 16))
-        return {"x": x.astype(np.float32), "y": y}
-
-    variables = net.init(jax.random.key(0), jnp.zeros((2, 16)), jax.random.key(1))
-    state = init_state(jax.random.key(2), variables["params"], optimizer)
-    return step, {**state, "batch_stats": variables["batch_stats"]}, batch_at
-
-
-def _contrastive() -> tuple[Any, Any, Any]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    from jaxzoo.nn.mlp import MLP
-    from jaxzoo.training.step import init_state
-
-    net, optimizer = MLP((32, 8)), optax.adamw(1e-3)
-
-    def embed(params, x):
-        z = net.apply(params, x)
-        assert isinstance(z, jax.Array)
-        return z / (1e-6 + jnp.linalg.norm(z, axis=-1, keepdims=True))
-
-    def step(state, batch):
-        key = jax.random.fold_in(state["key"], state["step"])
-        views = batch + 0.3 * jax.random.normal(key, (2, *batch.shape))
-        target = embed(state["ema"], views[1])
-
-        def loss(params):
-            query = embed(params, views[0])
-            positive = jnp.sum(query * target, -1, keepdims=True)
-            logits = jnp.concatenate([positive, query @ state["queue"].T], 1)
-            return -jax.nn.log_softmax(logits / 0.2)[:, 0].mean()
-
-        value, gradient = jax.value_and_grad(loss)(state["params"])
-        updates, opt_state = optimizer.update(
-            gradient, state["opt_state"], state["params"]
-        )
-        params = optax.apply_updates(state["params"], updates)
-        ema = jax.tree.map(lambda e, p: 0.99 * e + 0.01 * p, state["ema"], params)
-        new_state = {
-            **state,
-            "params": params,
-            "opt_state": opt_state,
-            "ema": ema,
-            "queue": jnp.concatenate([target, state["queue"][:-16]]),
-            "step": state["step"] + 1,
-        }
-        return new_state, {"loss": value}
-
-    def batch_at(t):
-        return np.random.default_rng((3, t)).normal(size=(16, 16)).astype(np.float32)
-
-    params = net.init(jax.random.key(0), jnp.zeros((1, 16)))
-    queue = jax.random.normal(jax.random.key(1), (64, 8)) / np.sqrt(8)
-    state = init_state(jax.random.key(2), params, optimizer)
-    return step, {**state, "ema": params, "queue": queue}, batch_at
-
-
 def main() -> None:
-    """The command line: a campaign, or (with --sit) one sitting."""
+    """The command line: a campaign."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", choices=FAMILIES)
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="with --sit")
-    parser.add_argument("--sit", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.sit:
-        sit(options.sit, options.family, options.steps)
-        return
     families = [options.family] if options.family else FAMILIES
     parts = []
     for index, family in enumerate(families):

@@ -10,7 +10,6 @@ process left over; then the same command goes on. The last line has the figures.
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import re
@@ -21,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[2]
-NUM_STEPS = 60
+SITTING = Path(__file__).with_name("processes_sitting.py")  # what is killed
 HEARTBEAT = 4.0
 STACK = re.compile(r"Check failure|stack trace|0x[0-9a-f]{6}|terminate called")
 SENTENCE = re.compile(
@@ -42,7 +42,7 @@ class Launched:
         cache: of compiled programs.
         size: number of processes.
         options: further words for the launcher.
-        words: further words for the processes.
+        words: further words for the processes, of `processes_sitting`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Launched:
             file.unlink()
         command = [sys.executable, "-m", "jaxzoo.training.launch"]
         command += ["--local", str(size), "--heartbeat", str(HEARTBEAT), *options, "--"]
-        command += [sys.executable, __file__, "--sit", str(folder), *words]
+        command += [sys.executable, str(SITTING), str(folder), *words]
         self.process = subprocess.Popen(
             command,
             env=environment(cache),
@@ -121,117 +121,20 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def sit(options: argparse.Namespace) -> int:
-    """One process: steps with a psum over all devices, the state in a file."""
-    rank = int(os.environ.get("JAXZOO_PROCESS_ID", "0"))
-    folder = options.sit
-    own = folder / f"{rank}.pid"
-    own.with_suffix(".new").write_text(str(os.getpid()))
-    own.with_suffix(".new").replace(own)
-
-    def note(text: str) -> None:
-        with open(folder / f"{rank}.log", "a") as file:
-            file.write(f"{text}\n")
-
-    note("begin")
-    received: list[int] = []
-
-    def handle(signum: int, _: Any) -> None:
-        note(f"signal {signum}")
-        received.append(signum)
-
-    from jaxzoo.training import launch
-
-    if rank == options.absent:
-        time.sleep(3600)
-    began = time.monotonic()
-    launch.initialize()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handle)
-    note("joined")
-    settings = {"learning_rate": 0.001 * (1 + rank * options.differ), "steps": 60}
-    launch.agree(settings)
-    note(f"agreed {time.monotonic() - began:.2f}")
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec("d"))
-
-    def share(state, batch, flag):
-        mean = jax.lax.pmean(jnp.sin(batch.mean(0) + state), "d")
-        return state * 0.9 + mean, jax.lax.pmax(flag.max(), "d")
-
-    specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
-    step = jax.jit(
-        jax.shard_map(
-            share, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(),) * 2
-        )
-    )
-    file = folder / "state.json"
-    done, state = json.loads(file.read_text()) if file.exists() else [0, [0.5] * 4]
-    state = np.array(state, np.float32)
-    count, first = jax.local_device_count(), rank * jax.local_device_count()
-    launch.report_step("toy", done)
-    while done < options.steps:
-        rng = np.random.default_rng(done)
-        batch = rng.normal(size=(jax.device_count(), 1, 4)).astype(np.float32)
-        batch = batch[first : first + count].reshape(count, 4)
-        flag = np.full((count,), len(received) and received[0], np.int32)
-        batch, flags = (
-            jax.make_array_from_process_local_data(sharding, a) for a in (batch, flag)
-        )
-        new, stop = step(state, batch, flags)
-        state, stop = np.asarray(new), int(stop)
-        done += 1
-        if rank == 0:
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps([done, [float(x) for x in state]]))
-            temporary.replace(file)
-        launch.report_step("toy", done)
-        note(f"step {done}")
-        if done == options.fail and rank == 1:
-            if options.abandon is not None:
-                print("error: the disk is full", file=sys.stderr)
-                launch.abandon(options.abandon)
-            raise RuntimeError("this rank fails")
-        if stop:
-            return 75 if stop == signal.SIGTERM else 130
-        rest(options.pause, busy=options.busy)
-    return options.status
+def free_port() -> int:
+    """A port that the kernel gives to nobody by itself, until its test binds it."""
+    for port in random.sample(range(20000, 32000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
 
 
-def rest(seconds: float, *, busy: bool) -> None:
-    """Sleeps; or lets no other Python thread run, as a long call that keeps the GIL."""
-    if not busy:
-        time.sleep(seconds)
-        return
-    sys.setswitchinterval(1.0)
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    """Waits until `true()`, no longer than `seconds`."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        continue
-    sys.setswitchinterval(0.005)
-
-
-def guarded(options: argparse.Namespace) -> int:
-    """`sit` with the errors that a command catches."""
-    from jaxzoo.training import launch
-
-    try:
-        return sit(options)
-    except launch.LaunchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        (options.sit / f"{os.environ['JAXZOO_PROCESS_ID']}.said").write_text(str(error))
-        return error.code
-    except (RuntimeError, ValueError) as error:
-        sentence = launch.explain(error)
-        if sentence is None:
-            raise
-        print(sentence, file=sys.stderr)
-        return launch.EXIT_LOST
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 class Figures(NamedTuple):
@@ -336,18 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sit", type=Path, help="be one of the processes")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS)
-    parser.add_argument("--pause", type=float, default=0.02)
-    parser.add_argument("--busy", action="store_true", help="keeps the GIL in pauses")
-    parser.add_argument("--differ", type=float, default=0.0)
-    parser.add_argument("--absent", type=int, default=-1, help="this rank never joins")
-    parser.add_argument("--fail", type=int, default=-1, help="rank 1 raises here")
-    parser.add_argument("--abandon", type=int, help="instead with this status")
-    parser.add_argument("--status", type=int, default=0, help="exit status at the end")
     options = parser.parse_args()
-    if options.sit is not None:
-        sys.exit(guarded(options))
     with tempfile.TemporaryDirectory() as folder:
         figures = campaign(options.kills, options.seed, Path(folder))
     for problem in figures.problems:

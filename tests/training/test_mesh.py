@@ -1,6 +1,5 @@
 """Any mesh: placement, saved on one and restored on another, the same bits (C3, C4)."""
 
-import dataclasses
 import itertools
 import os
 import subprocess
@@ -11,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -20,98 +18,31 @@ from jaxzoo.training.checkpoint import Checkpoints, digest
 from jaxzoo.training.loop import Stopped, train
 from jaxzoo.training.mesh import (
     batch_shardings,
-    local,
     make_mesh,
     place,
     put_batch,
     state_shardings,
 )
 from jaxzoo.training.record import Run
-from jaxzoo.training.step import init_state, update_step
+from jaxzoo.training.step import update_step
+from tests.training import mesh_fit
+from tests.training.mesh_fit import (
+    LAYOUTS,
+    MESHES,
+    OPTIMIZER,
+    Config,
+    assert_same,
+    batch_at,
+    fit,
+    loss,
+    losses,
+    mesh_of,
+    plain,
+    start,
+)
 
 REPO = Path(__file__).resolve().parents[2]
-LAYOUTS = ("data={n}", "fsdp={n}", "tensor={n}", "fsdp={half},tensor={rest}")
-MESHES = {
-    layout.format(n=n, half=max(n // 2, 1), rest=min(n, 2)): n
-    for n in (1, 2, 4, 8)
-    for layout in LAYOUTS
-}
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-
-
-def mesh_of(text):
-    return make_mesh(text, jax.devices()[: MESHES[text]])
-
-
-def loss(params, key, batch):
-    hidden = jnp.tanh(batch["x"] @ params["in"] + params["bias"][None])
-    target = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
-    value = jnp.mean((hidden @ params["out"] - target) ** 2)
-    return value, {"loss": value}
-
-
-def start():
-    keys = jax.random.split(jax.random.key(1), 3)
-    params = {
-        "in": jax.random.normal(keys[0], (32, 64)) / 6,
-        "bias": jnp.zeros(64),
-        "out": jax.random.normal(keys[1], (64, 32)) / 8,
-    }
-    return init_state(keys[2], params, OPTIMIZER)
-
-
-def batch_at(t):
-    x = np.random.default_rng(t).normal(size=(16, 32))
-    return {"x": x.astype(np.float32)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    name: str = "mesh"
-
-
-@pytest.fixture
-def open_on(tmp_path):
-    """`open_on(mesh, folder)` opens a run that trains on a mesh, or on one device."""
-
-    def open_one(text, folder="run"):
-        return Run(
-            tmp_path / folder,
-            topic="toy",
-            slug="mesh",
-            title="Mesh",
-            preset="full",
-            config=Config(),
-            mesh=None if text is None else mesh_of(text),
-        )
-
-    return open_one
-
-
-def fit(run, *, reproducible=False, before=lambda t: None, **knobs):
-    step = update_step(loss, OPTIMIZER, reproducible=reproducible)
-
-    def batches(t):
-        before(t)
-        return batch_at(t)
-
-    knobs = {"num_steps": 20, "log_every": 5, **knobs}
-    return train(run, "fit", step, start, batches, **knobs)
-
-
-def plain(tree):
-    tree = local(tree)
-    return {**tree, "key": jax.random.key_data(tree["key"])}
-
-
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def losses(run):
-    return run.history("fit")["loss"]
+open_on = pytest.fixture(mesh_fit.open_on)
 
 
 @pytest.fixture(scope="module")
@@ -207,81 +138,6 @@ def test_a_run_goes_on_on_another_mesh(first, second, open_on, alone):
     assert_allclose(losses(run), alone[0], rtol=1e-6)
 
 
-REPRODUCIBLE = [m for m in MESHES if MESHES[m] > 1 and m[0] != "t" and "=1" not in m]
-
-
-@pytest.fixture(scope="module")
-def reproducible(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reproducible") / "run"
-    run = Run(
-        folder, topic="toy", slug="mesh", title="", preset="full", config=Config(),
-        mesh=mesh_of("data=2"),
-    )  # fmt: skip
-    return jax.device_get(plain(fit(run, reproducible=True)))
-
-
-@pytest.mark.parametrize("text", REPRODUCIBLE)
-def test_reproducible_is_bit_identical_on_2_4_and_8(text, open_on, reproducible):
-    assert_same(plain(fit(open_on(text), reproducible=True)), reproducible)
-
-
-def test_reproducible_holds_for_several_seeds_at_once(open_on):
-    """`jax.vmap` over the step, as the experiments do."""
-
-    def starts():
-        return jax.vmap(lambda k: {**start(), "key": k})(
-            jax.random.split(jax.random.key(5), 2)
-        )
-
-    def batches(t):
-        return {"x": np.stack([batch_at(t)["x"], batch_at(t + 1)["x"]])}
-
-    step = jax.vmap(update_step(loss, OPTIMIZER, reproducible=True))
-    ends = []
-    for text in ("data=2", "fsdp=4", "data=8", "fsdp=4,tensor=2"):
-        run = open_on(text, text)
-        knobs: Any = {"num_steps": 10, "log_every": 5, "batch_axis": 1}
-        ends.append(plain(train(run, "fit", step, starts, batches, **knobs)))
-    for end in ends[1:]:
-        assert_same(end, ends[0])
-
-
-def test_plain_data_parallel_is_not(open_on, reproducible):
-    """What `reproducible` is for: without it the bits depend on the mesh."""
-    ends = [plain(fit(open_on(f"data={n}", f"run{n}"))) for n in (2, 8)]
-    pairs = zip(*map(jax.tree.leaves, ends), strict=True)
-    assert any(np.any(np.asarray(x) != np.asarray(y)) for x, y in pairs)
-
-
-def test_reproducible_averages_over_all_examples(open_on):
-    """One step of SGD with the keys of the virtual shards, by hand."""
-    optimizer = optax.sgd(0.5)
-    step = update_step(loss, optimizer, reproducible=True)
-    state = init_state(jax.random.key(3), start()["params"], optimizer)
-    batch = batch_at(0)
-    new, metrics = jax.jit(step)(state, batch)
-    key = jax.random.fold_in(state["key"], 0)
-
-    def one(shard):
-        part = {"x": batch["x"][2 * shard : 2 * shard + 2]}
-        shard_key = jax.random.fold_in(key, shard)
-        return jax.value_and_grad(lambda p: loss(p, shard_key, part)[0])(
-            state["params"]
-        )
-
-    values, grads = zip(*map(one, range(8)), strict=True)
-    assert_allclose(metrics["loss"], np.mean(values), rtol=1e-6)
-    for name, old in state["params"].items():
-        mean = np.mean([grad[name] for grad in grads], axis=0)
-        assert_allclose(new["params"][name], old - 0.5 * mean, rtol=1e-5, atol=1e-7)
-
-
-def test_reproducible_refuses_what_it_cannot_cut(open_on):
-    step = update_step(loss, OPTIMIZER, reproducible=True)
-    with pytest.raises(ValueError, match="8 virtual shards: a leaf of shape"):
-        jax.eval_shape(step, start(), {"x": jnp.zeros((12, 32))})
-
-
 def test_restored_on_one_device_by_the_same_call(tmp_path):
     """A process that has one CPU device reads what eight devices saved (C4)."""
     state = place(mesh_of("fsdp=4,tensor=2"), start)
@@ -291,7 +147,7 @@ def test_restored_on_one_device_by_the_same_call(tmp_path):
         "import jax\n"
         "from pathlib import Path\n"
         "from jaxzoo.training.checkpoint import Checkpoints\n"
-        "from tests.training.test_mesh import start\n"
+        "from tests.training.mesh_fit import start\n"
         "assert jax.device_count() == 1\n"
         f"with Checkpoints(Path({str(tmp_path / 'fit')!r})) as checkpoints:\n"
         "    step, state = checkpoints.restore_latest(start())\n"
