@@ -19,7 +19,7 @@ WORKERS ?= 2
 FIRST = --numprocesses $(WORKERS) -p tests.affected
 # `make test` is a quarter of an hour: what a change affects, however long it takes, other
 # tests while these minutes last, and the notebooks. `make test-all` is everything.
-MINUTES ?= 12
+MINUTES ?= 10
 
 .PHONY: demo test test-all check test-oldest test-aot other-environments results clean
 
