@@ -75,8 +75,8 @@ def experiment(monkeypatch):
             run.dry_run(program(run.mesh.devices.ravel(), 1, name=name))
 
     module.main = main
-    mesh = types.ModuleType("jaxzoo.training.mesh")
-    mesh.make_mesh = lambda text, devices: Mesh(np.array(devices), ("data",))  # type: ignore[attr-defined]
+    mesh: Any = types.ModuleType("jaxzoo.training.mesh")
+    mesh.make_mesh = lambda text, devices: Mesh(np.array(devices), ("data",))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, mesh.__name__, mesh)
     monkeypatch.setattr(command, "parse", parse, raising=False)
