@@ -20,8 +20,8 @@ as [j, i]: a product that has it on its left takes it from registers.
 The gradient of log_decay_k is the sum of all that has crossed from before k to k or
 after. Of a pair Z_ij (c b^T)_ij has, for all k from j + 1 to i: so the kernel gives,
 for each token, what it has read and what was read of it, the diagonal left out, and
-sums of their differences from k on are what is sought. They are made outside, with what
-came in, went out and passed.
+sums of their differences from k on, as far as anything of k is left, are what is
+sought. They are made outside, with what came in, went out and passed.
 
 Where there are fewer columns than a machine can run at once, time is cut into parts,
 and one more kernel makes what each part adds to the state after it.
@@ -266,7 +266,12 @@ def _by_token(
     inside, lost, ends, passing, gained = (sums[..., i, :] for i in range(5))
     ends *= numbers.left
     out = ends * numbers.dt
-    d_log_decay = lax.cumsum(gained - lost * numbers.dt, 3, reverse=True)
+    # Over a document that begins later the differences cancel, but for their rounding,
+    # which would reach those before: so each is summed by itself.
+    begun = jnp.cumsum(~numbers.counts, 3)
+    since = jnp.triu(begun[..., :, None] == begun[..., None, :])
+    crossing = (gained - lost * numbers.dt)[..., None, :]
+    d_log_decay = jnp.where(since, crossing, 0.0).sum(axis=-1)
     d_log_decay += jnp.cumsum(out, 3) - out + passing.sum(axis=3, keepdims=True)
     d_log_decay = jnp.where(numbers.counts, d_log_decay, 0.0)
 

@@ -85,7 +85,7 @@ def test_equals_the_definition_and_no_thread_races(name, monkeypatch):
 @NEW
 def test_nothing_leaks_out_of_a_document():
     """To the bit, from a huge state, and where a step leaves nothing."""
-    (call, d_y, d_state), at = inputs((1, 100, 1, 1, 64, 64), "s", BF16), 37
+    (call, d_y, d_state), at = inputs((1, 100, 1, 3, 64, 64), "s", BF16), 37
     call = call._replace(
         fresh=jnp.zeros((1, 100), bool).at[0, at].set(True),
         log_decay=call.log_decay.at[:, jnp.array([5, 80])].set(-1e4),
@@ -94,7 +94,8 @@ def test_nothing_leaks_out_of_a_document():
         x=call.x.at[:, :at].multiply(1e4), b=call.b.at[:, :at].add(1),
         c=call.c.at[:, :at].add(1), state=call.state + 1e9,
     )  # fmt: skip
-    d_y, d_state = d_y.at[:, :at].set(0), 0 * d_state
+    # After it large: what cancels leaves rounding errors that are seen on any machine.
+    d_y, d_state = (1e3 * d_y).at[:, :at].set(0), 0 * d_state
     a, b = (simulated(kernels, x, d_y, d_state) for x in (call, other))
     for x, y in zip((a[0], *a[2][:5]), (b[0], *b[2][:5]), strict=True):
         np.testing.assert_array_equal(x[:, at:], y[:, at:])
