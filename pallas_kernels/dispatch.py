@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 
-__all__ = ["Kernels", "choose", "machine", "named_in_forward_mode", "reverse_alone"]
+__all__ = ["choose", "machine", "named_in_forward_mode", "reverse_alone"]
 
-# For each kernel the machine that it is made for, and why it cannot do a call, if so.
-Kernels = dict[str, tuple[str, Callable[..., str | None]]]
+HOMES = {"pallas_tpu": "tpu", "pallas_gpu": "hopper"}  # what kernels are made for
 KINDS = {"tpu": "TPU", "hopper": "Hopper GPU"}
 
 
@@ -36,7 +35,7 @@ def choose(
     operation: str,
     name: str | None,
     implementations: dict[str, Callable],
-    kernels: Kernels,
+    kernels: dict[str, Any],
     arguments: tuple[Any, ...],
     *,
     is_empty: bool,
@@ -48,8 +47,9 @@ def choose(
         operation: its name.
         name: the argument 'implementation' of the call.
         implementations: by name, "ref" and "xla" among them.
-        kernels: those of them that are for one machine.
-        arguments: of the functions in `kernels`.
+        kernels: by name, the modules of those that are for one machine: `unsupported`
+            in them says why one cannot do a call.
+        arguments: of `unsupported`.
         is_empty: whether nothing is to be computed: "ref" does that.
         shapes: how the call is described.
 
@@ -66,10 +66,11 @@ def choose(
             f"argument 'implementation' is {name!r}, expected one of {names} or None."
         )
     here, against = machine(), {}
-    for kernel, (home, unsupported) in kernels.items():
-        reason = unsupported(*arguments)
-        if here != home:
-            reason = f"the {KINDS[home]} kernel does not run on '{here}'"
+    for kernel, module in kernels.items():
+        reason = module.unsupported(*arguments)
+        if here != HOMES[kernel]:
+            kind = KINDS[HOMES[kernel]]
+            reason = f"the {kind} kernel does not run on '{here}'"
         if reason:
             against[kernel] = reason
     if name in against:
@@ -80,7 +81,7 @@ def choose(
     if name is None:
         able = [kernel for kernel in kernels if kernel not in against]
         name = able[0] if able else "xla"
-        ours = [against[kernel] for kernel in against if kernels[kernel][0] == here]
+        ours = [against[kernel] for kernel in against if HOMES[kernel] == here]
         none = "; ".join(ours) or f"there is no kernel for '{here}'"
         why = "the fastest here" if able else none
     if is_empty:

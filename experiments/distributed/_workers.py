@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import Task
-from jaxzoo.data.source import batch, batch_indices
+from experiments._batches import SeedBatches
+from experiments.optim._tasks import Task, best
 from jaxzoo.training.loop import train
 from jaxzoo.training.mesh import local
+from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Run
 
 AXIS = "workers"
@@ -119,20 +120,10 @@ def fit(
         state, metrics = over_rates(state, example)
         return state, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
-    def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [batch(task.source, s, t, batch_size=batch_size) for s in range(seeds)]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-
-    def ids(t: int) -> list[np.ndarray]:
-        num = len(task.source)
-        return [
-            batch_indices(s, t, num_examples=num, batch_size=batch_size)
-            for s in range(seeds)
-        ]
-
+    batches = SeedBatches(task.source, seeds, batch_size)
     state = train(
-        run, name, step, start, batches, num_steps=steps, show="loss", batch_axis=1,
-        ids=ids, log_every=log_every,
+        run, name, step, start, batches.at, num_steps=steps, show="loss", batch_axis=1,
+        ids=batches.ids, log_every=log_every,
     )  # fmt: skip
     state = local({k: state[k] for k in ("params", "method")})
 
@@ -144,6 +135,62 @@ def fit(
     shape = (len(learning_rates), seeds)
     scores = {k: np.asarray(v).reshape(shape) for k, v in scores.items()}
     return scores, float(optax.tree.get(state["method"], "bytes_sent"))
+
+
+def best_fit(
+    run: Run, label: str, name: str, task: Task, method: Workers,
+    learning_rates: Sequence[float], *,
+    steps: int, batch_size: int, workers: int, seeds: int,
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """`fit` of a method on the task `label`: what its best learning rate came to.
+
+    The arguments are those of `fit`, and the record gets twenty lines.
+
+    Returns:
+        `(scores, history)`: what `evaluate` gives, each `[S]`, with the "rate" that
+        was best and the "bytes" of a worker's last step; steps and losses
+        `[log steps, S]`, for `curves`.
+    """
+    fit_name = f"{label}_{name.replace(' ', '_')}"
+    found, sent = fit(
+        run, fit_name, task, method, learning_rates, steps=steps,
+        batch_size=batch_size, workers=workers, seeds=seeds,
+        log_every=max(1, steps // 20),
+    )  # fmt: skip
+    at = best(found)
+    scores: dict[str, Any] = {k: v[at] for k, v in found.items()}
+    scores |= {"rate": learning_rates[at], "bytes": sent}
+    history = run.history(fit_name)
+    chosen = slice(at * seeds, (at + 1) * seeds)
+    return scores, (history["step"], history["loss"][:, chosen])
+
+
+def means(
+    results: dict[str, Any], keys: Sequence[str]
+) -> tuple[list[tuple[str, ...]], dict[str, float]]:
+    """Rows of a table, and metrics: means over seeds of the scores that are named.
+
+    Args:
+        results: the scores of `best_fit` by task, then by method.
+        keys: of the scores, in the order of the table's columns.
+    """
+    rows, metrics = [], {}
+    for label, scores in results.items():
+        for name, s in scores.items():
+            values = {k: float(np.mean(s[k])) for k in keys}
+            rows.append((f"{label}, {name}", *(f"{v:.4g}" for v in values.values())))
+            metrics |= {f"{label}/{name}/{k}": v for k, v in values.items()}
+    return rows, metrics
+
+
+def loss_panels(histories: dict[str, Any]) -> tuple[Any, Any]:
+    """`(figure, axes)`: a panel for each task, with the `history` of its methods."""
+    figure, axes = panels(len(histories))
+    for ax, (label, series) in zip(axes, histories.items(), strict=True):
+        curves(ax, series, xlabel="step", ylabel=f"training loss, {label} (nats)")
+        ax.set_yscale("log")
+    axes[0].legend(frameon=False)
+    return figure, axes
 
 
 def _name(key: Any) -> str:

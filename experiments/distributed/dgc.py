@@ -18,14 +18,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments.distributed._workers import AXIS, Workers, fit
-from experiments.optim._tasks import Task, best, byte_lm, digits_mlp
+from experiments.distributed._workers import AXIS, Workers, best_fit, loss_panels, means
+from experiments.optim._tasks import Task, byte_lm, digits_mlp
 from jaxzoo.distributed.dgc import DGCState, scale_by_dgc
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import curves, panels
 from jaxzoo.training.record import Claim, Figure, Report, Run
 from jaxzoo.training.seeds import stderr
 
@@ -97,17 +95,10 @@ def compare(
         size = config.novel_batch
     scores, histories = {}, {}
     for name, method in methods(config, label, steps).items():
-        fit_name = f"{label}_{name.replace(' ', '_')}"
-        found, sent = fit(
-            run, fit_name, task, method, rates, steps=steps, batch_size=size,
-            workers=config.workers, seeds=config.seeds, log_every=max(1, steps // 20),
+        scores[name], histories[name] = best_fit(
+            run, label, name, task, method, rates, steps=steps, batch_size=size,
+            workers=config.workers, seeds=config.seeds,
         )  # fmt: skip
-        at = best(found)
-        scores[name] = {k: v[at] for k, v in found.items()}
-        scores[name] |= {"rate": rates[at], "bytes": sent}
-        history = run.history(fit_name)
-        chosen = slice(at * config.seeds, (at + 1) * config.seeds)
-        histories[name] = history["step"], history["loss"][:, chosen]
     return scores, histories
 
 
@@ -181,13 +172,8 @@ def claims_of(config: Config, results: dict[str, Any]) -> list[Claim]:
 
 
 def picture(config: Config, run: Run, histories: dict[str, Any]) -> Figure:
-    figure, axes = panels(len(histories))
-    for ax, (label, series) in zip(axes, histories.items(), strict=True):
-        curves(ax, series, xlabel="step", ylabel=f"training loss, {label} (nats)")
-        ax.set_yscale("log")
-    axes[0].legend(frameon=False)
     return run.figure(
-        "dgc", figure, title="One entry in a hundred",
+        "dgc", loss_panels(histories)[0], title="One entry in a hundred",
         caption=f"Mean and standard error over {config.seeds} seeds, "
         f"{config.workers} workers, each method at its best learning rate. Sparsity "
         f"rises over the first {config.warmup:.0%} of the steps.",
@@ -198,17 +184,7 @@ def main(config: Config, run: Run) -> Report:
     results, histories = {}, {}
     for label in config.tasks:
         results[label], histories[label] = compare(config, run, label)
-    rows, metrics = [], {}
-    for label, scores in results.items():
-        for name, s in scores.items():
-            values = {
-                "loss": float(np.mean(s["loss"])),
-                "accuracy": float(np.mean(s["accuracy"])),
-                "rate": s["rate"],
-                "bytes": s["bytes"],
-            }
-            rows.append((f"{label}, {name}", *(f"{v:.4g}" for v in values.values())))
-            metrics |= {f"{label}/{name}/{k}": v for k, v in values.items()}
+    rows, metrics = means(results, ("loss", "accuracy", "rate", "bytes"))
     run.table(
         f"Held-out, {config.workers} workers, {config.seeds} seeds",
         ("method", "loss (nats)", "accuracy (%)", "learning rate", "bytes per step"),

@@ -17,13 +17,11 @@ after the warm-up and is higher at equal rates.
 import dataclasses
 from typing import Any, cast
 
-import numpy as np
-
-from experiments.distributed._workers import AXIS, Workers, fit
-from experiments.optim._tasks import Task, best, byte_lm, digits_mlp
+from experiments.distributed._workers import AXIS, Workers, best_fit, loss_panels, means
+from experiments.optim._tasks import Task, byte_lm, digits_mlp
 from jaxzoo.distributed.one_bit_adam import OneBitAdamState, scale_by_one_bit_adam
 from jaxzoo.training.command import experiment
-from jaxzoo.training.plots import COLORS, curves, panels
+from jaxzoo.training.plots import COLORS
 from jaxzoo.training.record import Claim, Figure, Report, Run
 from jaxzoo.training.seeds import stderr
 
@@ -89,20 +87,14 @@ def compare(
         size = config.digits_batch
     scores, histories = {}, {}
     for name, method in methods(config, steps).items():
-        fit_name = f"{label}_{name.replace(' ', '_')}"
-        found, sent = fit(
-            run, fit_name, task, method, rates, steps=steps, batch_size=size,
-            workers=config.workers, seeds=config.seeds, log_every=max(1, steps // 20),
+        scores[name], histories[name] = best_fit(
+            run, label, name, task, method, rates, steps=steps, batch_size=size,
+            workers=config.workers, seeds=config.seeds,
         )  # fmt: skip
-        at = best(found)
-        scores[name] = {k: v[at] for k, v in found.items()}
-        scores[name] |= {"rate": rates[at], "bytes": sent}
-        history = run.history(fit_name)
-        chosen = slice(at * config.seeds, (at + 1) * config.seeds)
-        histories[name] = history["step"], history["loss"][:, chosen]
         scores[name]["train"] = histories[name][1][-1]
         if name == "1-bit Adam":
-            rates = (rates[at],)  # what is left out of it is tried at its own rate
+            # What is left out of it is tried at its own rate.
+            rates = (scores[name]["rate"],)
     return scores, histories
 
 
@@ -150,13 +142,10 @@ def claims_of(results: dict[str, Any]) -> list[Claim]:
 
 
 def picture(config: Config, run: Run, histories: dict[str, Any]) -> Figure:
-    figure, axes = panels(len(histories))
-    for ax, (label, series) in zip(axes, histories.items(), strict=True):
-        curves(ax, series, xlabel="step", ylabel=f"training loss, {label} (nats)")
+    figure, axes = loss_panels(histories)
+    for ax, series in zip(axes, histories.values(), strict=True):
         end = config.warmup * series["Adam"][0][-1]
         ax.axvline(end, color=COLORS[-1], linestyle=":", lw=1)
-        ax.set_yscale("log")
-    axes[0].legend(frameon=False)
     return run.figure(
         "one_bit_adam", figure, title="Signs, with and without memory",
         caption=f"Mean and standard error over {config.seeds} seeds, "
@@ -168,18 +157,8 @@ def main(config: Config, run: Run) -> Report:
     results, histories = {}, {}
     for label in config.tasks:
         results[label], histories[label] = compare(config, run, label)
-    rows, metrics = [], {}
-    for label, scores in results.items():
-        for name, s in scores.items():
-            values = {
-                "loss": float(np.mean(s["loss"])),
-                "train": float(np.mean(s["train"])),
-                "accuracy": float(np.mean(s["accuracy"])),
-                "rate": s["rate"],
-                "bytes": s["bytes"],
-            }
-            rows.append((f"{label}, {name}", *(f"{v:.4g}" for v in values.values())))
-            metrics |= {f"{label}/{name}/{k}": v for k, v in values.items()}
+    columns = ("loss", "train", "accuracy", "rate", "bytes")
+    rows, metrics = means(results, columns)
     run.table(
         f"Held-out, {config.workers} workers, {config.seeds} seeds",
         (

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxzoo.data.text import moby_dick
 from jaxzoo.lm.dpo import dpo_loss
+from jaxzoo.training import step as training
 
 LETTERS = 27  # the space and a to z
 CONTEXT = 4  # letters that the small model sees
@@ -70,16 +71,8 @@ def true_reward(strings: jax.Array) -> jax.Array:
 
 
 def descend(loss: Any, params: Any, rate: Any, key: jax.Array, steps: int) -> Any:
-    """Adam on `loss(params, key)`."""
-    optimizer = optax.adam(rate)
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params, key), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    keys = jax.random.split(key, steps)
-    return lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
+    """Adam on `loss(params, key)` at one rate."""
+    return training.descend(loss, params, optax.constant_schedule(rate), key, steps)
 
 
 class Setting(NamedTuple):

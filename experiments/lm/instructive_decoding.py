@@ -16,14 +16,15 @@ Expected: 57.0 % exact matches by greedy decoding, 60.4 % by 'opposite' and 61.6
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
+from experiments.lm._answers import trained_on_answers
 from jaxzoo.lm.instructive_decoding import (
     exact_match,
     instructive_decode,
@@ -136,35 +137,6 @@ def language_model(config: Config) -> LanguageModel:
     return LanguageModel(VOCABULARY, config.width, body)
 
 
-def trained(config: Config, model: LanguageModel, key: jax.Array) -> Any:
-    optimizer = optax.adam(
-        optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    )
-    init_key, key = jax.random.split(key)
-    params = model.init(init_key, jnp.zeros((1, 4), jnp.int32))
-    first = WORDS + 1 + config.letters
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        tokens = training_batch(config, key)
-
-        def loss(params: Any) -> jax.Array:
-            logits: Any = model.apply(params, tokens[:, :-1])
-            return jnp.mean(
-                optax.softmax_cross_entropy_with_integer_labels(
-                    logits[0][:, first:], tokens[:, first + 1 :]
-                )
-            )
-
-        value, slope = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(slope, state)
-        return (optax.apply_updates(params, updates), state), value
-
-    keys = jax.random.split(key, config.steps)
-    (params, _), losses = lax.scan(step, (params, optimizer.init(params)), keys)
-    return params, jnp.mean(losses[-20:])
-
-
 def measured(config: Config) -> dict[str, np.ndarray]:
     """Of each seed: exact matches by task, answers of some task, greedy differences.
 
@@ -177,7 +149,11 @@ def measured(config: Config) -> dict[str, np.ndarray]:
 
     def one(key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 4)
-        params, loss = trained(config, model, keys[0])
+        params, loss = trained_on_answers(
+            model, functools.partial(training_batch, config), keys[0],
+            prompt=WORDS + config.letters + 2,  # with "opposite" and the separator
+            learning_rate=config.learning_rate, steps=config.steps,
+        )  # fmt: skip
         task = jnp.arange(count) % 4
         letters = jax.random.randint(keys[1], (count, config.letters), 0, LETTERS)
         instruction = instructions(keys[2], task)

@@ -16,14 +16,15 @@ token that was drawn, is always better, and not to draw at all the best (84.5 %)
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
+from experiments.lm._answers import trained_on_answers
 from jaxzoo.lm.moi import moi_generate, moi_weights
 from jaxzoo.nn.generate import generate
 from jaxzoo.nn.language_model import LanguageModel
@@ -89,36 +90,6 @@ def language_model(config: Config) -> LanguageModel:
     return LanguageModel(len(SYMBOLS), config.width, body)
 
 
-def trained(config: Config, model: LanguageModel, key: jax.Array) -> Any:
-    """On partial results, each after the right ones before it."""
-    optimizer = optax.adam(
-        optax.cosine_decay_schedule(config.learning_rate, config.steps)
-    )
-    init_key, key = jax.random.split(key)
-    params = model.init(init_key, jnp.zeros((1, 4), jnp.int32))
-
-    def step(carry: Any, key: jax.Array) -> Any:
-        params, state = carry
-        tokens = chains(key, config.batch_size, config.terms)
-        first = 2 * config.terms - 1
-
-        def loss(params: Any) -> jax.Array:
-            logits: Any = model.apply(params, tokens[:, :-1])
-            return jnp.mean(
-                optax.softmax_cross_entropy_with_integer_labels(
-                    logits[0][:, first:], tokens[:, first + 1 :]
-                )
-            )
-
-        value, slope = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(slope, state)
-        return (optax.apply_updates(params, updates), state), value
-
-    keys = jax.random.split(key, config.steps)
-    (params, _), losses = lax.scan(step, (params, optimizer.init(params)), keys)
-    return params, jnp.mean(losses[-20:])
-
-
 def measured(config: Config) -> dict[str, np.ndarray]:
     """Of each seed: which problems each way of decoding solved.
 
@@ -128,10 +99,15 @@ def measured(config: Config) -> dict[str, np.ndarray]:
     """
     model = language_model(config)
     betas = jnp.asarray(config.betas)
+    draw = functools.partial(chains, count=config.batch_size, terms=config.terms)
 
     def one(key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, 3)
-        params, loss = trained(config, model, keys[0])
+        # Partial results are learned, each after the right ones before it.
+        params, loss = trained_on_answers(
+            model, draw, keys[0], prompt=2 * config.terms,
+            learning_rate=config.learning_rate, steps=config.steps,
+        )  # fmt: skip
         tokens = chains(keys[1], 2 * config.problems, config.terms)
         prompt, answer = jnp.split(tokens, [2 * config.terms], axis=1)
         cache = model.body.empty_cache(2 * config.problems, tokens.shape[1])

@@ -24,7 +24,6 @@ has it, takes 2.47 bits after 400 steps where AdamW with the same rate takes 2.5
 
 import dataclasses
 import json
-import lzma
 import math
 import os
 import subprocess
@@ -41,6 +40,7 @@ import optax
 import optax.contrib
 from jax import lax
 
+from experiments._lzma import lzma_bits
 from experiments.lm._pretrain_pictures import picture
 from jaxzoo.data.text import moby_dick
 from jaxzoo.nn.language_model import LanguageModel, next_token_loss
@@ -182,16 +182,6 @@ def held_out_bits(config: Config, params: Any, text: np.ndarray) -> np.ndarray:
         return lax.map(of_block, windows)
 
     return np.asarray(bits(params))
-
-
-def lzma_bits(before: bytes, text: bytes) -> tuple[float, float]:
-    """Bits per byte of LZMA alone, and where the training text came before."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-
-    def bits(data: bytes) -> int:
-        return 8 * len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
-
-    return bits(text) / len(text), (bits(before + text) - bits(before)) / len(text)
 
 
 def resumed(config: Config, run: Run, text: np.ndarray) -> float:

@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments._batches import SeedBatches
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
-from jaxzoo.data.source import Source, batch, batch_indices
+from jaxzoo.data.source import Source
 from jaxzoo.data.text import moby_dick
 from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.mlp import MLP
@@ -198,29 +199,13 @@ def fit(
         parameters and the optimizers' inner states, leaves `[L, S, ...]`. The history
         of the run holds "loss" `[log steps, L * S]`.
     """
-    injected = optax.inject_hyperparams(optimizer)
-    some = injected(learning_rate=0.0)  # the rates that count lie in the states
-    rates = jnp.asarray(learning_rates, jnp.float32)
-
-    def start_one(rate: jax.Array, seed: jax.Array) -> Any:
-        init_key, run_key = jax.random.split(jax.random.key(seed))
-        return init_state(run_key, task.init(init_key), injected(learning_rate=rate))
+    # The rates that count lie in the states.
+    some = optax.inject_hyperparams(optimizer)(learning_rate=0.0)
 
     def start() -> Any:
-        over_seeds = jax.vmap(start_one, (None, 0))
-        return jax.vmap(over_seeds, (0, None))(rates, jnp.arange(seeds))
+        return start_grid(task, optimizer, learning_rates, seeds)
 
-    def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [batch(task.source, s, t, batch_size=batch_size) for s in range(seeds)]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-
-    def ids(t: int) -> list[np.ndarray]:
-        num = len(task.source)
-        return [
-            batch_indices(s, t, num_examples=num, batch_size=batch_size)
-            for s in range(seeds)
-        ]
-
+    batches = SeedBatches(task.source, seeds, batch_size)
     one = update_step(task.loss, some, reproducible=run.options.reproducible)
     every = jax.vmap(jax.vmap(one), (0, None))
 
@@ -236,8 +221,8 @@ def fit(
         return new, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
     state = train(
-        run, name, step, start, batches, num_steps=steps, show="loss", batch_axis=1,
-        ids=ids, log_every=log_every,
+        run, name, step, start, batches.at, num_steps=steps, show="loss", batch_axis=1,
+        ids=batches.ids, log_every=log_every,
     )  # fmt: skip
     params, inner = local(state["params"]), local(state["opt_state"].inner_state)
 
@@ -248,6 +233,34 @@ def fit(
     shape = (len(learning_rates), seeds)
     scores = {k: np.asarray(v).reshape(shape) for k, v in scores.items()}
     return scores, params, inner
+
+
+def start_grid(
+    task: Task,
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    learning_rates: Sequence[float],
+    seeds: int,
+    **more: Any,
+) -> Any:
+    """The states of a grid before the first step, leaves `[L, S, ...]`.
+
+    Args:
+        task: what is learned.
+        optimizer: `learning_rate -> transformation`.
+        learning_rates: L of them.
+        seeds: S; those of one seed begin with the same parameters and key.
+        **more: what each state holds besides, the same in all.
+    """
+    injected = optax.inject_hyperparams(optimizer)
+
+    def one(rate: jax.Array, seed: jax.Array) -> Any:
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        params = task.init(init_key)
+        return {**init_state(run_key, params, injected(learning_rate=rate)), **more}
+
+    over_seeds = jax.vmap(one, (None, 0))
+    rates = jnp.asarray(learning_rates, jnp.float32)
+    return jax.vmap(over_seeds, (0, None))(rates, jnp.arange(seeds))
 
 
 def _where_finite(state: Any, new: Any, old: Any) -> Any:

@@ -21,9 +21,9 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments._batches import SeedBatches
 from experiments.optim._tasks import FlatMLP, Task, classifier
 from jaxzoo.data.digits import digits
-from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.optim.gradient_noise import add_gradient_noise, noise_variance
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
@@ -122,7 +122,8 @@ def fit(
     config: Config, run: Run, name: str, task: Task, grid: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Scores `[grid, seeds]` of pairs (eta, learning rate); noise differs by seed."""
-    seeds, size = config.seeds, config.batch_size
+    seeds = config.seeds
+    batches = SeedBatches(task.source, seeds, config.batch_size)
 
     def start_one(pair: jax.Array, seed: jax.Array) -> Any:
         init_key, run_key, noise_key = jax.random.split(jax.random.key(seed), 3)
@@ -132,15 +133,6 @@ def fit(
     def start() -> Any:
         over_seeds = jax.vmap(start_one, (None, 0))
         return jax.vmap(over_seeds, (0, None))(jnp.asarray(grid), jnp.arange(seeds))
-
-    def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [batch(task.source, s, t, batch_size=size) for s in range(seeds)]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-
-    def ids(t: int) -> list[np.ndarray]:
-        num = len(task.source)
-        each = range(seeds)
-        return [batch_indices(s, t, num_examples=num, batch_size=size) for s in each]
 
     # The key, eta and rate that count lie in the states.
     some = sgd(jax.random.key(0), jnp.zeros(()), 0.0, config)
@@ -152,8 +144,8 @@ def fit(
         return state, jax.tree.map(lambda x: x.reshape(-1), metrics)
 
     state = train(
-        run, name, step, start, batches, num_steps=config.steps, show="loss",
-        batch_axis=1, ids=ids, log_every=25,
+        run, name, step, start, batches.at, num_steps=config.steps, show="loss",
+        batch_axis=1, ids=batches.ids, log_every=25,
     )  # fmt: skip
     scores = jax.jit(jax.vmap(jax.vmap(task.evaluate)))(local(state["params"]))
     return {k: np.asarray(v) for k, v in scores.items()}

@@ -31,23 +31,13 @@ from jax.flatten_util import ravel_pytree
 from experiments.optim._lion_pictures import pictures
 from experiments.optim._tasks import Task, best, byte_lm, digits_mlp, fit
 from jaxzoo.nn.program_evolution import evolve
-from jaxzoo.nn.update_programs import LION, Program, run_program, simplify
+from jaxzoo.nn.update_programs import ADAMW, LION, Program, run_program, simplify
 from jaxzoo.optim.lion import lion
 from jaxzoo.training.command import experiment
 from jaxzoo.training.record import Claim, Report, Run
 from jaxzoo.training.seeds import stderr
 
 SGD = Program.parse("update = multiply(g, lr)")
-ADAMW = Program.parse("""
-    m = interp(g, m, 0.9)
-    a = square(g)
-    v = interp(a, v, 0.999)
-    b = sqrt(v)
-    update = divide(m, b)
-    c = multiply(w, 0.01)
-    update = add(update, c)
-    update = multiply(update, lr)
-""")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, digits_mlp
+from experiments._batches import SeedBatches
+from experiments.optim._tasks import best, digits_mlp, start_grid
 from experiments.optim._vcas_pictures import pictures
-from jaxzoo.data.source import batch
 from jaxzoo.optim.vcas import VCASState, vcas_dense, vcas_update
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
@@ -169,34 +169,17 @@ def train_digits(config: Config, run: Run, *, sampled: bool) -> dict[str, np.nda
             "key": state["key"], "step": state["step"] + 1,
         }, metrics  # fmt: skip
 
-    def start_one(rate, seed):
-        init_key, run_key = jax.random.split(jax.random.key(seed))
-        params = task.init(init_key)
-        chosen = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
-        return {
-            "params": params, "opt_state": chosen.init(params), "key": run_key,
-            "control": VCASState.exact(LAYERS), "step": jnp.int32(0),
-        }  # fmt: skip
-
     def start():
-        rates = jnp.asarray(config.learning_rates, jnp.float32)
-        over_seeds = jax.vmap(start_one, (None, 0))
-        return jax.vmap(over_seeds, (0, None))(rates, jnp.arange(config.seeds))
+        return start_grid(
+            task, optax.adam, config.learning_rates, config.seeds,
+            control=VCASState.exact(LAYERS),
+        )  # fmt: skip
 
     def batches(t: int) -> dict[str, np.ndarray]:
         """The steps' batches, then those of the controller: `[seeds, F + M, B]`."""
-        count = config.every + config.repeats
-        size = config.batch_size
-        rows = [
-            batch(task.source, seed, t, batch_size=count * size)
-            for seed in range(config.seeds)
-        ]
-        return {
-            name: np.stack(
-                [r[name].reshape(count, size, *r[name].shape[1:]) for r in rows]
-            )
-            for name in rows[0]
-        }
+        shape = config.seeds, config.every + config.repeats, config.batch_size
+        rows = SeedBatches(task.source, config.seeds, shape[1] * shape[2]).at(t)
+        return {name: x.reshape(*shape, *x.shape[2:]) for name, x in rows.items()}
 
     def every(state, examples):
         state, metrics = jax.vmap(jax.vmap(one_round), (0, None))(state, examples)

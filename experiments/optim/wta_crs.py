@@ -22,8 +22,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from experiments.optim._tasks import best, digits_mlp
-from jaxzoo.data.source import batch_indices, take
+from experiments._batches import SeedBatches
+from experiments.optim._tasks import best, digits_mlp, start_grid
 from jaxzoo.optim.wta_crs import linear_wta, variance_wta_crs, wta_crs_matmul
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
@@ -157,30 +157,16 @@ def train_digits(config: Config, run: Run, share: float) -> np.ndarray:
             "key": state["key"],
         }, {"loss": value}
 
-    def start_one(rate, seed):
-        init_key, run_key = jax.random.split(jax.random.key(seed))
-        params = task.init(init_key)
-        chosen = optax.inject_hyperparams(optax.adam)(learning_rate=rate)
-        return {
-            "params": params, "opt_state": chosen.init(params), "key": run_key,
-            "norms": jnp.ones((layers, len(task.source))), "step": jnp.int32(0),
-        }  # fmt: skip
-
     def start():
-        rates = jnp.asarray(config.learning_rates, jnp.float32)
-        over_seeds = jax.vmap(start_one, (None, 0))
-        return jax.vmap(over_seeds, (0, None))(rates, jnp.arange(config.seeds))
+        return start_grid(
+            task, optax.adam, config.learning_rates, config.seeds,
+            norms=jnp.ones((layers, len(task.source))),
+        )  # fmt: skip
 
-    def ids(t: int) -> list[np.ndarray]:
-        size, num = config.batch_size, len(task.source)
-        return [
-            batch_indices(seed, t, num_examples=num, batch_size=size)
-            for seed in range(config.seeds)
-        ]
+    data = SeedBatches(task.source, config.seeds, config.batch_size)
 
     def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [{**take(task.source, i), "id": i} for i in ids(t)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return {**data.at(t), "id": np.stack(data.ids(t))}
 
     def every(state, example):
         state, metrics = jax.vmap(jax.vmap(step), (0, None))(state, example)
@@ -188,7 +174,7 @@ def train_digits(config: Config, run: Run, share: float) -> np.ndarray:
 
     state = train(
         run, f"share_{share:g}", every, start, batches, num_steps=config.steps,
-        show="loss", batch_axis=1, ids=ids,
+        show="loss", batch_axis=1, ids=data.ids,
     )  # fmt: skip
     evaluate = jax.jit(jax.vmap(jax.vmap(task.evaluate)))
     scores = jax.tree.map(np.asarray, evaluate(local(state["params"])))

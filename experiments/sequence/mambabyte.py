@@ -15,13 +15,13 @@ a rise of the perplexity per word 0.17 times. FLOPs are those of a step's jaxpr.
 
 import dataclasses
 import functools
-import lzma
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments._lzma import lzma_bits
 from experiments.sequence import _mambabyte_models as models
 from experiments.sequence._mambabyte_bpe import encode, learn
 from experiments.sequence._mambabyte_decode import decoded, state_bytes
@@ -116,16 +116,6 @@ def fit(config: Config, run: Run, name: str, model: Model, tokens, steps: int) -
         show="loss", batch_axis=1,
     )  # fmt: skip
     return local(state["params"])
-
-
-def lzma_bits(before: bytes, text: bytes) -> tuple[float, float]:
-    """Bits per byte of LZMA alone, and where the training text came before."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-
-    def bits(data: bytes) -> int:
-        return 8 * len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters))
-
-    return bits(text) / len(text), (bits(before + text) - bits(before)) / len(text)
 
 
 def noisy(config: Config, test: np.ndarray) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments._batches import SeedBatches
 from experiments.sequence._self_pretraining_pictures import (
     PRETRAINED,
     S4D,
@@ -32,7 +33,7 @@ from experiments.sequence._self_pretraining_pictures import (
 )
 from jaxzoo.data.fashion_mnist import fashion_mnist
 from jaxzoo.data.listops import SYMBOLS, listops
-from jaxzoo.data.source import Source, batch
+from jaxzoo.data.source import Source
 from jaxzoo.nn.diagonal_ssm import DiagonalSSM, DiagonalStack
 from jaxzoo.nn.language_model import LanguageModel
 from jaxzoo.nn.transformer import Transformer
@@ -202,11 +203,7 @@ def fit(
         0.0, config.learning_rate, max(steps // 10, 1), steps
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    seeds, size = range(config.seeds), task.batch
-
-    def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [batch(task.train, seed, t, batch_size=size) for seed in seeds]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    batches = SeedBatches(task.train, config.seeds, task.batch)
 
     def start(seed: Any, params: Any) -> Any:
         return init_state(jax.random.key(seed), params, optimizer)
@@ -214,7 +211,7 @@ def fit(
     step = update_step(loss, optimizer, reproducible=run.options.reproducible)
     state = train(
         run, name, jax.vmap(step),
-        lambda: jax.vmap(start)(jnp.arange(config.seeds), params), batches,
+        lambda: jax.vmap(start)(jnp.arange(config.seeds), params), batches.at,
         num_steps=steps, show="right, %", batch_axis=1,
     )  # fmt: skip
     return local(state["params"])

@@ -28,13 +28,13 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments._batches import SeedBatches
 from experiments.ssl._probes import knn_accuracy, linear_accuracy
 from experiments.ssl._vicreg_pictures import pictures
 from jaxzoo.data.augment import compose, flip, gaussian_noise, random_resized_crop
 from jaxzoo.data.augment_color import color_jitter
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
-from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.ssl.vicreg import vicreg_loss
 from jaxzoo.training.command import experiment
@@ -167,17 +167,10 @@ def fit(config: Config, run: Run, name: str, what: Setting, weights: dict) -> An
         return value, {"loss": value, **aux}
 
     optimizer = optax.adam(config.learning_rate)
+    data = SeedBatches(what.train, config.seeds, config.batch_size)
 
     def batches(t: int) -> np.ndarray:
-        size = config.batch_size
-        rows = (batch(what.train, s, t, batch_size=size) for s in range(config.seeds))
-        return np.stack([row["image"] for row in rows])
-
-    def ids(t: int) -> list[np.ndarray]:
-        order = functools.partial(
-            batch_indices, num_examples=len(what.train), batch_size=config.batch_size
-        )
-        return [order(seed, t) for seed in range(config.seeds)]
+        return data.at(t)["image"]
 
     def start_one(seed):
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -189,7 +182,7 @@ def fit(config: Config, run: Run, name: str, what: Setting, weights: dict) -> An
     step = update_step(loss, optimizer, reproducible=run.options.reproducible)
     state = train(
         run, name, jax.vmap(step), start, batches, num_steps=what.steps, show="loss",
-        batch_axis=1, ids=ids, log_every=20,
+        batch_axis=1, ids=data.ids, log_every=20,
     )  # fmt: skip
     return local(state["params"])
 

@@ -24,11 +24,11 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments._batches import SeedBatches
 from experiments.ssl._probes import linear_accuracy
 from jaxzoo.data.augment import compose, gaussian_noise, random_resized_crop
 from jaxzoo.data.augment_color import color_jitter
 from jaxzoo.data.digits import digits
-from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP
 from jaxzoo.ssl.vne import i_vne_plus, vne, vne_regularised
 from jaxzoo.training.command import experiment
@@ -113,17 +113,8 @@ def init_params(config: Config, key: jax.Array) -> dict[str, Any]:
 
 def fit(config: Config, run: Run, name: str, loss: Any) -> Any:
     """Trains all seeds at once; the parameters of each, stacked."""
-    source = digits().split("train")
-    size, seeds = config.batch_size, range(config.seeds)
+    batches = SeedBatches(digits().split("train"), config.seeds, config.batch_size)
     optimizer = optax.adam(config.learning_rate)
-
-    def batches(t: int) -> dict[str, np.ndarray]:
-        rows = [batch(source, seed, t, batch_size=size) for seed in seeds]
-        return {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-
-    def ids(t: int) -> list[np.ndarray]:
-        num = len(source)
-        return [batch_indices(s, t, num_examples=num, batch_size=size) for s in seeds]
 
     def start_one(seed):
         init_key, run_key = jax.random.split(jax.random.key(seed))
@@ -134,8 +125,8 @@ def fit(config: Config, run: Run, name: str, loss: Any) -> Any:
 
     step = update_step(loss, optimizer, reproducible=run.options.reproducible)
     state = train(
-        run, name, jax.vmap(step), start, batches, num_steps=config.steps, show="loss",
-        batch_axis=1, ids=ids,
+        run, name, jax.vmap(step), start, batches.at, num_steps=config.steps,
+        show="loss", batch_axis=1, ids=batches.ids,
     )  # fmt: skip
     return local(state["params"])
 

@@ -23,11 +23,11 @@ import optax
 from jax import lax
 from jax.nn import sigmoid
 
+from experiments._batches import SeedBatches
 from experiments.vae._iwae_closed_forms import bound_of, linear_gaussian_claims
 from jaxzoo.core.stats import bernoulli_log_prob, normal_log_prob
 from jaxzoo.data.digits import digits
 from jaxzoo.data.fashion_mnist import fashion_mnist
-from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
@@ -140,18 +140,10 @@ def fit(config: Config, run: Run, nets, source, scale) -> dict[int, Any]:
         value, _ = iwae_loss(log_weights(sample_key, draw, num_samples=k))
         return value, {"bound": -value}
 
-    def batches(t: int) -> np.ndarray:
-        rows = [
-            batch(source, seed, t, batch_size=config.batch_size)["image"]
-            for seed in range(config.seeds)
-        ]
-        return np.stack(rows).reshape(config.seeds, config.batch_size, -1) / scale
+    data = SeedBatches(source, config.seeds, config.batch_size)
 
-    def ids(t: int) -> list[np.ndarray]:
-        order = functools.partial(
-            batch_indices, num_examples=len(source), batch_size=config.batch_size
-        )
-        return [order(seed, t) for seed in range(config.seeds)]
+    def batches(t: int) -> np.ndarray:
+        return data.at(t)["image"].reshape(data.seeds, data.size, -1) / scale
 
     optimizer = optax.adam(config.learning_rate)
 
@@ -168,7 +160,7 @@ def fit(config: Config, run: Run, nets, source, scale) -> dict[int, Any]:
         step = update_step(objective, optimizer, reproducible=run.options.reproducible)
         state = train(
             run, f"k{k}", jax.vmap(step), start, batches, num_steps=config.steps,
-            show="bound", batch_axis=1, ids=ids,
+            show="bound", batch_axis=1, ids=data.ids,
         )  # fmt: skip
         fits[k] = local(state["params"])
     return fits

@@ -22,6 +22,7 @@ import optax
 from jax import lax
 from jax.nn import sigmoid
 
+from experiments._batches import SeedBatches
 from experiments.vae._linear_gaussian import (
     exact_moments,
     gradient_moments,
@@ -30,7 +31,6 @@ from experiments.vae._linear_gaussian import (
 )
 from jaxzoo.core.stats import bernoulli_log_prob, normal_kl, normal_log_prob
 from jaxzoo.data.digits import digits
-from jaxzoo.data.source import batch, batch_indices
 from jaxzoo.nn.mlp import MLP, GaussianMLP
 from jaxzoo.training.command import experiment
 from jaxzoo.training.loop import train
@@ -119,20 +119,10 @@ def init(config: Config, nets, optimizer, seed: jax.Array) -> Any:
 
 def fit(config: Config, run: Run, nets) -> dict[str, Any]:
     """Trains each method from the same start, all seeds at once."""
-    source = digits().split("train")
+    data = SeedBatches(digits().split("train"), config.seeds, config.batch_size)
 
     def batches(t: int) -> np.ndarray:
-        rows = [
-            batch(source, seed, t, batch_size=config.batch_size)["image"]
-            for seed in range(config.seeds)
-        ]
-        return np.stack(rows).reshape(config.seeds, -1, 64) / np.float32(16)
-
-    def ids(t: int) -> list[np.ndarray]:
-        order = functools.partial(
-            batch_indices, num_examples=len(source), batch_size=config.batch_size
-        )
-        return [order(seed, t) for seed in range(config.seeds)]
+        return data.at(t)["image"].reshape(data.seeds, -1, 64) / np.float32(16)
 
     optimizer = optax.adam(config.learning_rate)
 
@@ -146,7 +136,7 @@ def fit(config: Config, run: Run, nets) -> dict[str, Any]:
         step = update_step(objective, optimizer, reproducible=run.options.reproducible)
         state = train(
             run, method, jax.vmap(step), start, batches, num_steps=config.steps,
-            show="objective", batch_axis=1, ids=ids,
+            show="objective", batch_axis=1, ids=data.ids,
         )  # fmt: skip
         fits[method] = local(state["params"])
     return fits

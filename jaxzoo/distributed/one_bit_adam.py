@@ -13,13 +13,8 @@ that, compressed; what it could not say it remembers and adds to its next messag
 Each device is a worker, and the server of one n-th of the momentum. So a step is one
 `all_to_all` and one `all_gather` of bytes: eight signs to a byte, then the scales.
 
-    def step(params, state, batch):                          # inside jax.shard_map
-        grads = jax.grad(loss)(varying(params, "data"), batch)   # of this device alone
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-Gradients come as they are on each device, not averaged: `varying`, of
-`jaxzoo.core.collectives`, keeps `shard_map` from summing them. `init` runs inside too.
+It is called inside of `jax.shard_map`, as is its `init`, with gradients as they are on
+each device, not averaged; the module `dgc` beside it shows such a step.
 """
 
 import math

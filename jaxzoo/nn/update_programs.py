@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
 
-__all__ = ["LION", "Program", "run_program", "simplify"]
+__all__ = ["ADAMW", "LION", "Program", "run_program", "simplify"]
 
 # The registers of a program, then the constant that each statement has of its own.
 NAMES = ("g", "w", "lr", "m", "v", "update", "a", "b", "c")
@@ -102,6 +102,18 @@ LION = Program.parse("""
     m = interp(g, m, 0.99)
     a = multiply(w, 0.1)
     update = add(update, a)
+    update = multiply(update, lr)
+""")
+
+# What the search of the paper began with: AdamW without its bias correction.
+ADAMW = Program.parse("""
+    m = interp(g, m, 0.9)
+    a = square(g)
+    v = interp(a, v, 0.999)
+    b = sqrt(v)
+    update = divide(m, b)
+    c = multiply(w, 0.01)
+    update = add(update, c)
     update = multiply(update, lr)
 """)
 

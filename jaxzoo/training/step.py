@@ -35,15 +35,16 @@ def init_state(
 
 
 def descend(
-    loss: Callable[[Any, jax.Array], jax.Array], params: Any, rate: float,
-    key: jax.Array, steps: int,
+    loss: Callable[[Any, jax.Array], jax.Array], params: Any,
+    rate: float | optax.Schedule, key: jax.Array, steps: int,
 ) -> Any:  # fmt: skip
     """Parameters after Adam on `loss(params, key)`, its rate falling to 0 by a cosine.
 
     For fits inside one jitted program, under `vmap` or `lax.map` over seeds, that need
-    no checkpoints.
+    no checkpoints. A schedule of rates is taken as it is.
     """
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    schedule = rate if callable(rate) else optax.cosine_decay_schedule(rate, steps)
+    optimizer = optax.adam(schedule)
 
     def step(carry: Any, key: jax.Array) -> Any:
         params, state = carry

@@ -34,12 +34,7 @@ from pallas_kernels.attention.arguments import (
 )
 from pallas_kernels.attention.decode import decode_attention
 from pallas_kernels.attention.pattern import Extras, Pattern
-from pallas_kernels.dispatch import (
-    Kernels,
-    choose,
-    named_in_forward_mode,
-    reverse_alone,
-)
+from pallas_kernels.dispatch import choose, named_in_forward_mode, reverse_alone
 
 PAPER = {
     "slug": "flash_attention2",
@@ -85,16 +80,9 @@ def _with_gradient(kernels: Any) -> Callable:
     return named_in_forward_mode("attention", attend)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "ref": ref.attend,
-    "xla": xla.attend,
-    "pallas_tpu": _with_gradient(pallas_tpu),
-    "pallas_gpu": _with_gradient(pallas_gpu),
-}
-KERNELS: Kernels = {
-    "pallas_tpu": ("tpu", pallas_tpu.unsupported),
-    "pallas_gpu": ("hopper", pallas_gpu.unsupported),
-}
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+IMPLEMENTATIONS: dict[str, Callable] = {"ref": ref.attend, "xla": xla.attend}
+IMPLEMENTATIONS |= {name: _with_gradient(kernels) for name, kernels in KERNELS.items()}
 
 
 def attention(

@@ -45,18 +45,7 @@ BLOCKS = {
 def unsupported(
     pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras
 ) -> str | None:
-    """Why a call cannot run here.
-
-    Args:
-        pattern: the static part.
-        q: `[B, K, G, T, H]`.
-        k: `[B, K, S, H]`.
-        v: `[B, K, S, H]`.
-        extras: the arrays beside them.
-
-    Returns:
-        One sentence, or None if the call can run.
-    """
+    """Why a call cannot run here, if so: as `pallas_tpu.unsupported`."""
     kinds = {x.dtype for x in (q, k, v)}
     if len(kinds) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
         names = ", ".join(str(x.dtype) for x in (q, k, v))
@@ -93,19 +82,9 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention; equals `ref.attend` wherever `unsupported` gives None.
 
-    Args:
-        pattern: scale, window, softcap, share of dropout and tile, by default that of
-            `BLOCKS`.
-        q: `[B, K, G, T, H]`, bfloat16 or float16.
-        k: `[B, K, S, H]`.
-        v: `[B, K, S, H]`.
-        extras: sinks, masks of queries or keys, ids and the seed of dropout.
-        interpret: what `mosaic_gpu.simulator` gives; None: compile.
-
-    Returns:
-        `(out, lse)`: `[B, K, G, T, H]` in the dtype of `q`, but float32 with sinks, as
-        their gradient would add up the rounding errors of all rows; `[B, K, G, T]` in
-        float32. A row that sees nothing has 0 and -inf.
+    As `pallas_tpu.forward`, but q, k and v are bfloat16 or float16, masks are of
+    queries or of keys, and the tile is by default that of `BLOCKS`. `interpret` is what
+    `mosaic_gpu.simulator` gives; None: compile.
     """
     call = functools.partial(_forward, pattern, interpret)
     return folded(call)(q, k, v, extras)
@@ -157,24 +136,7 @@ def backward(
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    """The gradient of `forward`.
-
-    Args:
-        pattern: as in `forward`.
-        q: as in `forward`.
-        k: as in `forward`.
-        v: as in `forward`.
-        extras: as in `forward`.
-        out: what it gave, `[B, K, G, T, H]`.
-        lse: what it gave, `[B, K, G, T]`.
-        d_out: the gradient with respect to `out`.
-        d_lse: that with respect to `lse`; None: zero. Ignored where `lse` is -inf.
-        interpret: as in `forward`.
-
-    Returns:
-        `(dq, dk, dv, d_bias, d_sinks)` in the dtypes of the inputs; `d_bias` is None,
-        and `d_sinks` `[K, G]`, None without sinks.
-    """
+    """The gradient of `forward`: as `pallas_tpu.backward`."""
     call = functools.partial(_backward, pattern, interpret)
     d_lse = jnp.zeros_like(lse) if d_lse is None else d_lse
     *gradients, d_sinks = folded(call)(q, k, v, extras, out, lse, d_out, d_lse)

@@ -54,19 +54,7 @@ LARGEST = 2**23  # logits of a tile over all batch rows and heads, at most
 def attend(
     pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over blocks of keys; equals `ref.attend`.
-
-    Args:
-        pattern: scale, window, softcap and share of dropout.
-        q: `[B, K, G, T, H]`.
-        k: `[B, K, S, H]`.
-        v: `[B, K, S, H]`.
-        extras: bias, sinks, masks, ids and the seed of dropout.
-
-    Returns:
-        `(out, lse)`: `[B, K, G, T, H]` and `[B, K, G, T]`, both float32 (float64 for
-        float64 inputs). A row that sees nothing has 0 and -inf.
-    """
+    """Attention over blocks of keys; takes and equals what `ref.attend` does."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     rows, columns = _block_sizes(pattern, q, k)
     queries, keys = query_blocks(rows, q, extras), key_blocks(columns, k, v, extras)

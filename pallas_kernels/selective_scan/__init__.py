@@ -19,12 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
-from pallas_kernels.dispatch import (
-    Kernels,
-    choose,
-    named_in_forward_mode,
-    reverse_alone,
-)
+from pallas_kernels.dispatch import choose, named_in_forward_mode, reverse_alone
 from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, ref, shards, xla
 from pallas_kernels.selective_scan.checks import checked, rule_of
 from pallas_kernels.selective_scan.decode import step
@@ -59,16 +54,9 @@ def _with_gradient(kernels: Any) -> Callable:
     return named_in_forward_mode("selective_scan", scan)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "ref": ref.scan,
-    "xla": xla.scan,
-    "pallas_tpu": _with_gradient(pallas_tpu),
-    "pallas_gpu": _with_gradient(pallas_gpu),
-}
-KERNELS: Kernels = {
-    "pallas_tpu": ("tpu", pallas_tpu.unsupported),
-    "pallas_gpu": ("hopper", pallas_gpu.unsupported),
-}
+KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+IMPLEMENTATIONS: dict[str, Callable] = {"ref": ref.scan, "xla": xla.scan}
+IMPLEMENTATIONS |= {name: _with_gradient(kernels) for name, kernels in KERNELS.items()}
 
 
 def selective_scan(

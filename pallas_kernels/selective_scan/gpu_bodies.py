@@ -21,8 +21,6 @@ from pallas_kernels.selective_scan.gpu_plan import (
     STATE,
     STATES,
     WIDTH,
-    Given,
-    Made,
     Room,
     Task,
 )
@@ -38,6 +36,7 @@ from pallas_kernels.selective_scan.gpu_tokens import (
     put,
     wide,
 )
+from pallas_kernels.selective_scan.operands import Given, Made
 
 __all__ = ["backward_body", "forward_body"]
 

@@ -17,7 +17,7 @@ from pallas_kernels.selective_scan.terms import Inputs
 
 __all__ = [
     "CHUNK", "CHUNK_OF", "GROUP", "SINGLE", "STATE", "STATES", "WIDTH",
-    "Given", "Made", "Plan", "Room", "Task", "plan_of",
+    "Plan", "Room", "Task", "plan_of",
 ]  # fmt: skip
 
 WIDTH = 32  # channels of a block
@@ -151,38 +151,6 @@ class Task(NamedTuple):
 
     plan: Plan
     softplus: bool
-
-
-class Given(NamedTuple):
-    """Operands; None: not in this call."""
-
-    u: Any
-    delta: Any
-    z: Any
-    B: Any
-    C: Any
-    marks: Any  # 1 where the state is forgotten
-    A: Any  # in units of 1 / log 2
-    vectors: Any  # rows D and delta_bias
-    start: Any = None
-    kept: Any = None
-    d_y: Any = None
-    d_end: Any = None
-
-
-class Made(NamedTuple):
-    """Results; None: not of this kernel."""
-
-    y: Any = None
-    end: Any = None
-    kept: Any = None
-    d_u: Any = None
-    d_delta: Any = None
-    d_z: Any = None
-    d_BC: Any = None
-    d_A: Any = None
-    d_vectors: Any = None
-    d_start: Any = None
 
 
 class Room(NamedTuple):

@@ -24,9 +24,9 @@ from pallas_kernels.selective_scan.gpu_plan import (
     STATE,
     STATES,
     WIDTH,
-    Given,
     Task,
 )
+from pallas_kernels.selective_scan.operands import Given
 
 __all__ = [
     "LN2", "LOG2E", "Block", "Tokens", "from_shared", "group", "joined", "logistic",

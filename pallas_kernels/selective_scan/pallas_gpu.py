@@ -30,14 +30,13 @@ from pallas_kernels.selective_scan.gpu_plan import (
     GROUP,
     STATES,
     WIDTH,
-    Given,
-    Made,
     Plan,
     Room,
     Task,
     plan_of,
 )
 from pallas_kernels.selective_scan.gpu_tokens import LOG2E
+from pallas_kernels.selective_scan.operands import Given, Made, gradients
 from pallas_kernels.selective_scan.terms import Inputs, Rule
 
 __all__ = ["backward", "forward", "forward_keeping", "unsupported"]
@@ -50,15 +49,7 @@ KINDS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def unsupported(rule: Rule, inputs: Inputs) -> str | None:
-    """Why a call cannot run here.
-
-    Args:
-        rule: the static part.
-        inputs: the arrays.
-
-    Returns:
-        One sentence, or None if the call can run.
-    """
+    """Why a call cannot run here, if so: as `pallas_tpu.unsupported`."""
     if jnp.iscomplexobj(inputs.A):
         return "the GPU kernel takes real A, and this is complex"
     if rule.zoh:
@@ -80,13 +71,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """The scan; equals `ref.scan` wherever `unsupported` gives None.
 
-    Args:
-        rule: the static part.
-        inputs: the arrays.
-        interpret: what `mosaic_gpu.simulator` gives; None: compile.
-
-    Returns:
-        `(y, end)`: `[B, T, G, P]` in the dtype of u, and `[B, G, N, P]` float32.
+    As `pallas_tpu.forward`, but `interpret` is what `mosaic_gpu.simulator` gives; None:
+    compile.
     """
     y, end, _ = _forward(rule, inputs, False, interpret)
     return y, end
@@ -108,19 +94,7 @@ def backward(
     *,
     interpret: Any = None,
 ) -> Inputs:
-    """The gradients of all inputs.
-
-    Args:
-        rule: the static part.
-        inputs: those of the forward pass.
-        kept: what `forward_keeping` gave.
-        d_y: `[B, T, G, P]`.
-        d_end: `[B, G, N, P]`.
-        interpret: as in `forward`.
-
-    Returns:
-        A gradient for each array in its dtype; None for `resets`.
-    """
+    """The gradients of all inputs: as `pallas_tpu.backward`."""
 
     @sequential_vmap
     def call(*arrays: Any) -> Inputs:
@@ -161,25 +135,8 @@ def _backward(
     made = _call(backward_body, "selective_scan_backward", task, given, results, rows,
                  more, interpret)  # fmt: skip
     d_B, d_C = plan.from_sums(made.d_BC)
-    of_vectors = jnp.sum(made.d_vectors, axis=(0, 3))
-    of_D, of_bias = (plan.from_vector(of_vectors[:, i]) for i in range(2))
-    gradients = Inputs(
-        u=plan.from_token(made.d_u),
-        delta=plan.from_token(made.d_delta),
-        A=plan.from_channel(jnp.sum(made.d_A, axis=0)),
-        B=d_B,
-        C=d_C,
-        D=of_D,
-        z=None if inputs.z is None else plan.from_token(made.d_z),
-        delta_bias=of_bias,
-        start=plan.from_channel(made.d_start),
-        resets=None,
-    )
-
-    def like(gradient: Any, x: Any) -> Any:
-        return None if x is None or gradient is None else gradient.astype(x.dtype)
-
-    return Inputs(*map(like, gradients, inputs))
+    vectors = jnp.sum(made.d_vectors, axis=(0, 3))
+    return gradients(plan, made, inputs, d_B, d_C, vectors)
 
 
 def _forward(rule: Rule, inputs: Inputs, keep: bool, interpret: Any) -> Any:

@@ -19,14 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.selective_scan.operands import Given, Made, gradients
 from pallas_kernels.selective_scan.terms import Inputs, Rule
-from pallas_kernels.selective_scan.tpu_bodies import (
-    Given,
-    Made,
-    Task,
-    backward_body,
-    forward_body,
-)
+from pallas_kernels.selective_scan.tpu_bodies import Task, backward_body, forward_body
 from pallas_kernels.selective_scan.tpu_plan import LANES, Plan, plan_of
 
 __all__ = ["backward", "forward", "forward_keeping", "unsupported"]
@@ -129,25 +124,9 @@ def backward(
     made = _call(
         body, "selective_scan_backward", plan, given, kinds, [room], True, interpret
     )
-    of_vectors = jnp.sum(made.d_vectors, axis=0)
-    of_D, of_bias = (plan.from_vector(of_vectors[:, i]) for i in range(2))
-    gradients = Inputs(
-        u=plan.from_token(made.d_u),
-        delta=plan.from_token(made.d_delta),
-        A=plan.from_channel(jnp.sum(made.d_A, axis=0)),
-        B=plan.from_lane(made.d_B),
-        C=plan.from_lane(made.d_C),
-        D=of_D,
-        z=None if inputs.z is None else plan.from_token(made.d_z),
-        delta_bias=of_bias,
-        start=plan.from_channel(made.d_start),
-        resets=None,
-    )
-
-    def like(gradient: Any, x: Any) -> Any:
-        return None if x is None or gradient is None else gradient.astype(x.dtype)
-
-    return Inputs(*map(like, gradients, inputs))
+    d_B, d_C = plan.from_lane(made.d_B), plan.from_lane(made.d_C)
+    vectors = jnp.sum(made.d_vectors, axis=0)
+    return gradients(plan, made, inputs, d_B, d_C, vectors)
 
 
 def _forward(rule: Rule, inputs: Inputs, keep: bool, interpret: Any) -> Any:

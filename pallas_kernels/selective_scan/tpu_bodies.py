@@ -12,9 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.selective_scan.operands import Given, Made
 from pallas_kernels.selective_scan.tpu_plan import LANES, Plan
 
-__all__ = ["Given", "Made", "Task", "backward_body", "forward_body"]
+__all__ = ["Task", "backward_body", "forward_body"]
 
 GROUP = 16
 
@@ -24,39 +25,6 @@ class Task(NamedTuple):
 
     plan: Plan
     softplus: bool
-
-
-class Given(NamedTuple):
-    """Operands; None: not in this call."""
-
-    u: Any
-    delta: Any
-    z: Any
-    B: Any
-    C: Any
-    marks: Any  # 1 where the state is forgotten
-    A: Any
-    vectors: Any  # rows D and delta_bias
-    start: Any
-    kept: Any = None
-    d_y: Any = None
-    d_end: Any = None
-
-
-class Made(NamedTuple):
-    """Results; None: not of this kernel."""
-
-    y: Any = None
-    end: Any = None
-    kept: Any = None
-    d_u: Any = None
-    d_delta: Any = None
-    d_z: Any = None
-    d_B: Any = None
-    d_C: Any = None
-    d_A: Any = None
-    d_vectors: Any = None
-    d_start: Any = None
 
 
 def forward_body(task: Task, given: Given, made: Made, carry: Any) -> None:

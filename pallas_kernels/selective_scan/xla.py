@@ -36,16 +36,7 @@ BYTES = 2**20  # of a chunk's states, which the gradient passes over several tim
 
 
 def scan(rule: Rule, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """The recurrence over chunks; equals `ref.scan`.
-
-    Args:
-        rule: the static part.
-        inputs: the arrays.
-
-    Returns:
-        `(y, end)`: `[B, T, G, P]` and `[B, G, N, P]`, float32 (float64 for float64
-        inputs); `end` is complex if A is.
-    """
+    """The recurrence over chunks; takes and equals what `ref.scan` does."""
     inputs = widened(inputs)
     length = inputs.u.shape[1]
     size = max(1, min(rule.chunk or _chunk(inputs.start, length), length))

@@ -121,18 +121,7 @@ def backward(
     *,
     interpret: Any = None,
 ) -> Inputs:
-    """The gradient of `forward`.
-
-    Args:
-        inputs: as in `forward`.
-        kept: what `forward` kept.
-        d_y: the gradient with respect to `y`, `[B, T, G, R, P]`.
-        d_state: that with respect to the last state.
-        interpret: as in `forward`.
-
-    Returns:
-        The gradients in the dtypes of the inputs; None for `fresh`.
-    """
+    """The gradient of `forward`, of what it kept: as `pallas_tpu.backward`."""
     cut = layout.plan(inputs)
     numbers = layout.numbers(inputs)
     (starts, y), dtype = kept, inputs.x.dtype

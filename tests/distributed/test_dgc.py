@@ -1,6 +1,5 @@
 """Deep gradient compression by the paper in float64, and the bytes of its HLO."""
 
-import functools
 from typing import Any, cast
 
 import jax
@@ -8,39 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxzoo.core.collectives import varying
 from jaxzoo.distributed.dgc import DGCState, dgc, scale_by_dgc
 from jaxzoo.training.collectives import collectives, wire_bytes
+from tests.distributed.workers import (
+    SHAPES,
+    STEPS,
+    flattened,
+    gradients,
+    mesh,
+    over_workers,
+    sharded,
+    zeros,
+)
 
-SHAPES = {"bias": (5,), "kernel": (17, 9), "scalar": ()}
-STEPS = 6
 SPEC = DGCState(*cast(Any, (P(), P("d"), P("d"), P())))
-
-
-def gradients(workers, steps=STEPS):
-    """`[steps, workers, ...]`: a common part and each worker's own."""
-    rng = np.random.default_rng(0)
-
-    def leaf(shape):
-        common = rng.normal(size=(steps, 1, *shape))
-        return common + 0.5 * rng.normal(size=(steps, workers, *shape))
-
-    return {name: leaf(shape) for name, shape in SHAPES.items()}
-
-
-def zeros():
-    return {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
-
-
-def flattened(tree, lead):
-    return np.concatenate(
-        [np.reshape(tree[n], (*np.shape(tree[n])[:lead], -1)) for n in sorted(tree)],
-        axis=lead,
-    )
 
 
 def of_the_paper(grads, workers, counts, clip, masking=True):
@@ -72,20 +56,6 @@ def of_the_paper(grads, workers, counts, clip, masking=True):
     return np.stack(directions), u, v
 
 
-def over_workers(direction, workers, grads):
-    """The directions and the last state, workers being an axis of `vmap`."""
-    state = jax.vmap(direction.init, None, axis_name="d", axis_size=workers)(
-        jax.tree.map(lambda g: g[0, 0], grads)
-    )
-    update = jax.vmap(direction.update, axis_name="d")
-
-    def step(state, grads):
-        updates, state = update(grads, state)
-        return state, updates
-
-    return jax.jit(functools.partial(jax.lax.scan, step))(state, grads)
-
-
 @pytest.mark.parametrize("workers, masking", [(1, True), (3, True), (8, False)])
 def test_steps_are_those_of_the_paper(workers, masking):
     grads = gradients(workers)
@@ -109,30 +79,12 @@ def test_steps_are_those_of_the_paper(workers, masking):
     assert_allclose(state.residual, v, rtol=1e-6, atol=1e-9)
 
 
-def mesh(devices=8):
-    some = jax.devices()[:devices]
-    return jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=some)
-
-
-def sharded(direction, devices, check_vma=True, spec=SPEC):
-    """`init` and `update` of one step over real devices; gradients `[devices, ...]`."""
-    knobs: Any = {"mesh": mesh(devices), "check_vma": check_vma}
-    init = jax.shard_map(direction.init, in_specs=P(), out_specs=spec, **knobs)
-
-    def update(grads, state):
-        return direction.update(jax.tree.map(lambda g: g[0], grads), state)
-
-    specs: Any = ((P("d"), spec), (P(), spec))
-    update = jax.shard_map(update, in_specs=specs[0], out_specs=specs[1], **knobs)
-    return jax.jit(init), jax.jit(update)
-
-
 @pytest.mark.parametrize("devices, check_vma", [(1, True), (8, True), (8, False)])
 def test_shard_map_over_real_devices_is_the_simulation(devices, check_vma):
     grads = jax.tree.map(jnp.float32, gradients(devices))
     direction: Any = scale_by_dgc(sparsities=(0.5, 0.9), stage_steps=3, axis_name="d")
     last, expected = over_workers(direction, devices, grads)
-    init, update = sharded(direction, devices, check_vma)
+    init, update = sharded(direction, devices, SPEC, check_vma)
     state = init(zeros())
     for t in range(STEPS):
         updates, state = update(jax.tree.map(lambda g, t=t: g[t], grads), state)
@@ -152,7 +104,7 @@ def test_bytes_sent_are_those_of_the_compiled_program():
     total = {}
     for stages in ((0.75,), (0.75, 0.99)):
         direction: Any = scale_by_dgc(sparsities=stages, stage_steps=1, axis_name="d")
-        init, update = sharded(direction, 8)
+        init, update = sharded(direction, 8, SPEC)
         state = init(zeros())
         compiled: Any = update.lower(grads, state).compile()
         steps = []
@@ -166,7 +118,7 @@ def test_bytes_sent_are_those_of_the_compiled_program():
     assert total[0.75, 0.99] == [7 * 8 * 42, 7 * 8 * 4]
     direction: Any = scale_by_dgc(compression="none", axis_name="d")
     spec = DGCState(*cast(Any, (P(), P(), P(), P())))
-    init, update = sharded(direction, 8, spec=spec)
+    init, update = sharded(direction, 8, spec)
     state = init(zeros())
     compiled: Any = update.lower(grads, state).compile()
     _, state = compiled(grads, state)
@@ -177,7 +129,7 @@ def test_without_compression_it_is_momentum_of_the_mean_gradient():
     grads = jax.tree.map(jnp.float32, gradients(8))
     direction: Any = scale_by_dgc(compression="none", axis_name="d")
     spec = DGCState(*cast(Any, (P(), P(), P(), P())))
-    init, update = sharded(direction, 8, spec=spec)
+    init, update = sharded(direction, 8, spec)
     trace: Any = optax.trace(0.9)
 
     def mean(grads):

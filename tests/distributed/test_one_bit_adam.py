@@ -1,6 +1,5 @@
 """1-bit Adam by the paper in float64, over real devices, and the bytes of its HLO."""
 
-import functools
 from typing import Any, cast
 
 import jax
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -19,26 +17,19 @@ from jaxzoo.distributed.one_bit_adam import (
     scale_by_one_bit_adam,
 )
 from jaxzoo.training.collectives import collectives, wire_bytes
+from tests.distributed.workers import (
+    SHAPES,
+    STEPS,
+    flattened,
+    gradients,
+    mesh,
+    over_workers,
+    sharded,
+    zeros,
+)
 
-# Three leaves of sizes that no chunk ends with.
-SHAPES = {"bias": (5,), "kernel": (17, 9), "scalar": ()}
-STEPS, WARMUP = 6, 2
+WARMUP = 2
 SPEC = OneBitAdamState(*cast(Any, (P(), P("d"), P("d"), P())))
-
-
-def gradients(workers, shapes=SHAPES, steps=STEPS):
-    """`[steps, workers, ...]`: a common part and each worker's own."""
-    rng = np.random.default_rng(0)
-
-    def leaf(shape):
-        common = rng.normal(size=(steps, 1, *shape))
-        return common + 0.5 * rng.normal(size=(steps, workers, *shape))
-
-    return {name: leaf(shape) for name, shape in shapes.items()}
-
-
-def zeros(shapes=SHAPES):
-    return {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
 
 def of_the_paper(grads, workers, *, scale="mean", feedback=True):
@@ -88,27 +79,6 @@ def of_the_paper(grads, workers, *, scale="mean", feedback=True):
     return np.stack(directions), worker, server
 
 
-def flattened(tree, lead):
-    return np.concatenate(
-        [np.reshape(tree[n], (*np.shape(tree[n])[:lead], -1)) for n in sorted(tree)],
-        axis=lead,
-    )
-
-
-def over_workers(direction, workers, grads):
-    """The directions and the last state, workers being an axis of `vmap`."""
-    state = jax.vmap(direction.init, None, axis_name="d", axis_size=workers)(
-        jax.tree.map(lambda g: g[0, 0], grads)
-    )
-    update = jax.vmap(direction.update, axis_name="d")
-
-    def step(state, grads):
-        updates, state = update(grads, state)
-        return state, updates
-
-    return jax.jit(functools.partial(jax.lax.scan, step))(state, grads)
-
-
 @pytest.mark.parametrize(
     "workers, scale, feedback",
     [(1, "rms", True), (3, "mean", True), (8, "mean", False)],
@@ -138,30 +108,12 @@ def test_steps_are_those_of_the_paper(workers, scale, feedback):
     assert not np.any(state.worker_error[:, d:])  # what fills the vector up
 
 
-def mesh(devices=8):
-    some = jax.devices()[:devices]
-    return jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=some)
-
-
-def sharded(direction, devices, check_vma=True):
-    """`init` and `update` of one step over real devices; gradients `[devices, ...]`."""
-    knobs: Any = {"mesh": mesh(devices), "check_vma": check_vma}
-    init = jax.shard_map(direction.init, in_specs=P(), out_specs=SPEC, **knobs)
-
-    def update(grads, state):
-        return direction.update(jax.tree.map(lambda g: g[0], grads), state)
-
-    specs: Any = ((P("d"), SPEC), (P(), SPEC))
-    update = jax.shard_map(update, in_specs=specs[0], out_specs=specs[1], **knobs)
-    return jax.jit(init), jax.jit(update)
-
-
 @pytest.mark.parametrize("devices, check_vma", [(1, True), (8, True), (8, False)])
 def test_shard_map_over_real_devices_is_the_simulation(devices, check_vma):
     grads = jax.tree.map(jnp.float32, gradients(devices))
     direction: Any = scale_by_one_bit_adam(b2=0.99, warmup=WARMUP, axis_name="d")
     last, expected = over_workers(direction, devices, grads)
-    init, update = sharded(direction, devices, check_vma)
+    init, update = sharded(direction, devices, SPEC, check_vma)
     state = init(zeros())
     for t in range(STEPS):
         updates, state = update(jax.tree.map(lambda g, t=t: g[t], grads), state)
@@ -175,7 +127,7 @@ def test_bytes_sent_are_those_of_the_compiled_program_and_28_times_fewer():
     shapes = {"a": (100, 300), "b": (300,), "c": (300, 20), "d": (20,)}
     grads = jax.tree.map(lambda g: jnp.float32(g[0]), gradients(8, shapes, 1))
     direction: Any = scale_by_one_bit_adam(warmup=1, axis_name="d")
-    init, update = sharded(direction, 8)
+    init, update = sharded(direction, 8, SPEC)
     state = init(zeros(shapes))
     compiled: Any = update.lower(grads, state).compile()
     found = collectives(compiled.as_text())
@@ -196,7 +148,7 @@ def test_bytes_sent_are_those_of_the_compiled_program_and_28_times_fewer():
 def test_without_compression_it_is_adam_of_the_mean_gradient():
     grads = jax.tree.map(jnp.float32, gradients(8))
     direction: Any = scale_by_one_bit_adam(b2=0.99, compression="none", axis_name="d")
-    init, update = sharded(direction, 8)
+    init, update = sharded(direction, 8, SPEC)
     adam: Any = optax.scale_by_adam(b2=0.99)
 
     def mean(grads):

@@ -3,25 +3,17 @@
 What is drawn depends on its shape alone.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from running import QUICKLY
 
 from pallas_kernels.attention import ref
 
 SEED = jnp.array([3, 4], jnp.uint32)
 SINKS = jnp.array([[0.5, -jnp.inf], [2.0, -1.0]])
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def inputs(shape, dtype: Any = jnp.float32) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of the scan's kernels share: inputs, the definition, a split one."""
+"""What the tests of the scan's kernels share: inputs, the definition, other calls."""
 
 import functools
 from typing import Any
@@ -13,14 +13,6 @@ from pallas_kernels.selective_scan import ref, selective_scan
 from pallas_kernels.selective_scan.terms import Inputs, Rule
 
 RNG = np.random.default_rng(0)
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 SOFT, HARD = Rule(softplus=True), Rule()
 
 
@@ -61,6 +53,19 @@ def definition(rule, arrays, d_y, d_end):
     return y, end, back((d_y.astype(y.dtype), d_end))[0]
 
 
+def assert_near(actual, wanted, bound):
+    """y, the last state and each gradient, relative to its largest value."""
+    names = ("y", "end", *(f"d {k}" for k in Inputs._fields))
+    both = zip(names, *((y, e, *d) for y, e, d in (actual, wanted)), strict=True)
+    for name, a, b in both:
+        assert (a is None) == (b is None), name
+        if b is not None:
+            a, b = (np.asarray(x.astype(jnp.float32), np.float64) for x in (a, b))
+            assert a.shape == b.shape, name
+            far = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+            assert far <= bound, (name, far)
+
+
 def described(shape: tuple[int, ...], dtype: Any) -> str:
     batch, length, groups, width, states = shape
     sizes = f"B={batch} T={length} D={groups * width} G={groups} N={states}"
@@ -77,6 +82,31 @@ def knobs(arrays: Inputs) -> dict[str, Any]:
         "delta_bias": arrays.delta_bias[0],
         "initial_state": jnp.swapaxes(arrays.start[:, 0], -1, -2),
     }
+
+
+def everything(array, tokens, states, dtype, implementation: Any) -> tuple[Any, Any]:
+    """Value and gradients of a call with all that can be given; its arguments.
+
+    `array(*shape, dtype=float32)` makes them; u is of shape `tokens`, B of `states`.
+    """
+    batch, length, channels = tokens
+    of_tokens, of_states = array(*tokens, dtype=dtype), array(*states, dtype=dtype)
+    rows = channels, states[-1]
+    floats = {
+        "u": of_tokens, "delta": of_tokens, "A": array(*rows),
+        "B": of_states, "C": of_states, "D": array(channels), "z": of_tokens,
+        "delta_bias": array(channels), "initial_state": array(batch, *rows),
+    }  # fmt: skip
+    ids = array(batch, length, dtype=jnp.int32)
+
+    def gradient(floats, ids, d_y):
+        scan = functools.partial(
+            selective_scan, delta_softplus=True, implementation=implementation
+        )
+        y, back = jax.vjp(lambda floats: scan(**floats, segment_ids=ids), floats)
+        return y, back(d_y)
+
+    return gradient, (floats, ids, of_tokens)
 
 
 def split_in_two(check: bool) -> tuple[Any, Any, Any]:

@@ -7,17 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from running import QUICKLY
 
 from pallas_kernels.selective_scan import selective_scan
-
-# Compiling takes longer here than what is compiled.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 # The oracle: one token at a time, for one row of the batch and one channel.
 

@@ -6,17 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from running import QUICKLY
 
 from pallas_kernels.ssd import ssd
-
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 # The oracle: the recurrence and its adjoint, one token at a time.
 

@@ -1,6 +1,5 @@
 """Attention against float64 NumPy, jax.nn, and its own definition."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from attention_oracle import CASES, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import interpret
 
 from pallas_kernels.attention import (
     Dropout,
@@ -228,11 +228,7 @@ def test_tiles_outside_of_the_window_are_skipped():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU kernels, interpreted, as the implementation that is chosen."""
-    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "tpu")
-    for name in ("forward", "backward"):
-        whole = functools.partial(getattr(pallas_tpu, name), interpret=True)
-        monkeypatch.setattr(pallas_tpu, name, whole)
+    interpret(monkeypatch, pallas_tpu)
 
 
 def test_the_tpu_kernels_are_behind_the_same_call(interpreted):

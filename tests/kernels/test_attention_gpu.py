@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_inputs import QUICKLY, SEED, SINKS, definition, far, ids, inputs, mask
+from attention_inputs import SEED, SINKS, definition, far, ids, inputs, mask
 from hopper import lowered
+from running import QUICKLY
 from stages import heads_first
 
 from pallas_kernels import attention as package

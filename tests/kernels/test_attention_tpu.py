@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_inputs import QUICKLY, SEED, SINKS, definition, far, ids, inputs, mask
+from attention_inputs import SEED, SINKS, definition, far, ids, inputs, mask
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from running import QUICKLY
 from stages import heads_first
 
 from pallas_kernels.attention import pallas_tpu as tpu

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import QUICKLY
 from selective_scan_oracle import (
     CASES,
-    QUICKLY,
     Case,
     called,
     check,

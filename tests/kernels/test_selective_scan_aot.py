@@ -1,15 +1,14 @@
 """The TPU kernels with the vendor's compiler: needs its wheel, no TPU."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from selective_scan_inputs import everything
 
 from jaxzoo.training import topology
-from pallas_kernels.selective_scan import selective_scan
 
 HOW = "needs the compiler: pip install 'jax[tpu]'"
 
@@ -25,23 +24,9 @@ def compiled(monkeypatch, name, shape, dtype, implementation: Any = "pallas_tpu"
     def array(*shape, dtype: Any = jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    of_tokens = array(batch, length, channels, dtype=dtype)
-    of_states = array(batch, length, states, dtype=dtype)
-    floats = {
-        "u": of_tokens, "delta": of_tokens, "A": array(channels, states),
-        "B": of_states, "C": of_states, "D": array(channels), "z": of_tokens,
-        "delta_bias": array(channels), "initial_state": array(batch, channels, states),
-    }  # fmt: skip
-    ids = array(batch, length, dtype=jnp.int32)
-
-    def gradient(floats, ids, d_y):
-        scan = functools.partial(
-            selective_scan, delta_softplus=True, implementation=implementation
-        )
-        y, back = jax.vjp(lambda floats: scan(**floats, segment_ids=ids), floats)
-        return y, back(d_y)
-
-    traced = jax.jit(gradient).trace(floats, ids, of_tokens)
+    of_tokens, of_states = (batch, length, channels), (batch, length, states)
+    gradient, args = everything(array, of_tokens, of_states, dtype, implementation)
+    traced = jax.jit(gradient).trace(*args)
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 

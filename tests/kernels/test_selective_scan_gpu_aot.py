@@ -1,6 +1,5 @@
 """The GPU kernels with the vendor's compiler: needs its wheels, no GPU."""
 
-import functools
 import re
 from typing import Any
 
@@ -8,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hopper import on_h100, prepare, spilled
-
-from pallas_kernels.selective_scan import selective_scan
+from selective_scan_inputs import everything
 
 SIZES = "B T D G N"
 
@@ -18,24 +16,10 @@ def compiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Value and gradients of a call of (B, T, D, G, N) with everything, for an H100."""
     mesh, array = on_h100()
     batch, length, channels, groups, states = shape
-    of_tokens = array(batch, length, channels, dtype=dtype)
-    of_states = array(batch, length, groups, states, dtype=dtype)
-    floats = {
-        "u": of_tokens, "delta": of_tokens, "A": array(channels, states),
-        "B": of_states, "C": of_states, "D": array(channels), "z": of_tokens,
-        "delta_bias": array(channels), "initial_state": array(batch, channels, states),
-    }  # fmt: skip
-    ids = array(batch, length, dtype=jnp.int32)
-
-    def gradient(floats, ids, d_y):
-        scan = functools.partial(
-            selective_scan, delta_softplus=True, implementation="pallas_gpu"
-        )
-        y, back = jax.vjp(lambda floats: scan(**floats, segment_ids=ids), floats)
-        return y, back(d_y)
-
+    of_tokens, of_states = (batch, length, channels), (batch, length, groups, states)
+    gradient, args = everything(array, of_tokens, of_states, dtype, "pallas_gpu")
     with jax.set_mesh(mesh):
-        return jax.jit(gradient).lower(floats, ids, of_tokens).compile()
+        return jax.jit(gradient).lower(*args).compile()
 
 
 def for_h100(shape: tuple[int, ...], dtype: Any) -> str:

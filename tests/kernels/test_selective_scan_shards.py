@@ -1,6 +1,5 @@
 """The selective scan with its sequence split over devices, against the whole."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,18 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from running import QUICKLY
 
 from pallas_kernels.selective_scan import selective_scan
 
 LENGTH = 24
 ALONG = {"u", "delta", "B", "C", "z", "segment_ids"}
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def inputs(kind="real", segments=True) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from running import QUICKLY, interpret
 from selective_scan_inputs import (
     HARD,
-    QUICKLY,
     SOFT,
+    assert_near,
     definition,
     described,
     inputs,
@@ -24,7 +25,7 @@ from selective_scan_inputs import (
 
 from pallas_kernels.selective_scan import pallas_tpu as tpu
 from pallas_kernels.selective_scan import ref, selective_scan
-from pallas_kernels.selective_scan.terms import Inputs, Rule
+from pallas_kernels.selective_scan.terms import Rule
 from pallas_kernels.selective_scan.tpu_plan import plan_of
 
 
@@ -37,16 +38,7 @@ def kernels(rule, arrays, d_y, d_end, interpret: Any = True):
 def assert_equal(rule, given, bound=1e-5, **knobs):
     assert tpu.unsupported(rule, given[0]) is None
     actual = QUICKLY(functools.partial(kernels, rule, **knobs))(*given)
-    wanted = QUICKLY(functools.partial(definition, rule))(*given)
-    names = ("y", "end", *(f"d {k}" for k in Inputs._fields))
-    both = zip(names, *((y, e, *d) for y, e, d in (actual, wanted)), strict=True)
-    for name, a, b in both:
-        assert (a is None) == (b is None)
-        if b is not None:
-            a, b = (np.asarray(x.astype(jnp.float32), np.float64) for x in (a, b))
-            assert a.shape == b.shape
-            least = max(np.abs(b).max(), 1e-30)
-            assert np.abs(a - b).max() <= bound * least, name
+    assert_near(actual, QUICKLY(functools.partial(definition, rule))(*given), bound)
 
 
 CASES = {
@@ -219,11 +211,7 @@ def test_lowers_for_tpu(shape, dtype, extras):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU kernels, interpreted, as the implementation that is chosen."""
-    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "tpu")
-    for name in ("forward", "forward_keeping", "backward"):
-        whole = functools.partial(getattr(tpu, name), interpret=True)
-        monkeypatch.setattr(tpu, name, whole)
+    interpret(monkeypatch, tpu)
 
 
 def test_they_are_behind_the_same_call_also_where_a_sequence_is_split(interpreted):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import QUICKLY, interpret
 from ssd_oracle import (
     CASES,
-    QUICKLY,
     Case,
     arrays,
     check,
@@ -207,11 +207,7 @@ def test_memory_is_linear_in_length_and_that_of_states_between_chunks():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU kernels, interpreted, as the implementation that is chosen."""
-    monkeypatch.setenv("PALLAS_KERNELS_TARGET", "tpu")
-    for name in ("forward", "backward"):
-        whole = functools.partial(getattr(pallas_tpu, name), interpret=True)
-        monkeypatch.setattr(pallas_tpu, name, whole)
+    interpret(monkeypatch, pallas_tpu)
 
 
 def test_the_tpu_kernels_are_behind_the_same_call(interpreted):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper import lowered
-from test_ssd_tpu import QUICKLY, definition, inputs, sizes
+from running import QUICKLY
+from ssd_inputs import assert_near, definition, inputs, sizes
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels import ssd as package
@@ -50,19 +51,6 @@ def simulated(function, *arrays) -> Any:
     run = functools.partial(function, interpret=mosaic_gpu.simulator())
     with mosaic_gpu.simulation():
         return jax.block_until_ready(QUICKLY(run)(*arrays))
-
-
-def assert_near(got, wanted, bound):
-    names = ("y", "state", *Inputs._fields)
-    pairs = zip(names, (*got[:2], *got[2]), (*wanted[:2], *wanted[2]), strict=True)
-    for name, a, b in pairs:
-        assert (a is None) == (b is None), name
-        if a is None:
-            continue
-        a, b = (np.asarray(x, np.float64) for x in (a, b))
-        assert a.shape == b.shape and np.all(np.isfinite(a)), name
-        far = np.abs(a - b).max()
-        assert far <= bound * np.abs(b).max(), (name, far / np.abs(b).max())
 
 
 @NEW

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from hopper import on_h100, prepare, spilled
-from test_ssd_tpu import sizes
+from ssd_inputs import sizes
 
 from pallas_kernels.ssd import gpu_layout as layout
 from pallas_kernels.ssd import pallas_gpu as gpu

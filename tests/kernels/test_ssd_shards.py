@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from running import QUICKLY
 
 from pallas_kernels.ssd import ssd
-
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 OVER_TIME = ("x", "dt", "B", "C", "z")

@@ -13,48 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from running import QUICKLY
+from ssd_inputs import assert_near, definition, inputs, sizes
 
 from pallas_kernels.ssd import pallas_tpu as tpu
-from pallas_kernels.ssd import ref, tpu_layout
-from pallas_kernels.ssd.form import Inputs
-
-# Each test runs once what it compiles.
-QUICKLY = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
-def inputs(shape, extras="", dtype=jnp.float32, high=0.0) -> Any:
-    """A call of a shape (B, T, G, R, P, N), and the gradients of its results.
-
-    Extras: D, z, s(egments). Steps are from 1e-2 to 10^high.
-    """
-    rng = np.random.default_rng(0)
-    batch, length, groups, heads, width, states = shape
-
-    def normal(*size):
-        return jnp.asarray(rng.normal(size=size), jnp.float32)
-
-    over_time = (batch, length, groups)
-    dt = 10.0 ** rng.uniform(-2, high, (*over_time, heads))
-    fresh = rng.random((batch, length)) < 0.02
-    call = Inputs(
-        x=normal(*over_time, heads, width).astype(dtype),
-        dt=jnp.asarray(dt, jnp.float32),
-        log_decay=jnp.asarray(-dt * rng.random((groups, heads)), jnp.float32),
-        b=normal(*over_time, states).astype(dtype),
-        c=normal(*over_time, states).astype(dtype),
-        skip=normal(groups, heads, width) if "D" in extras else None,
-        gate=normal(*over_time, heads, width).astype(dtype) if "z" in extras else None,
-        state=normal(batch, groups, heads, width, states),
-        fresh=jnp.asarray(fresh) if "s" in extras else None,
-    )
-    d_y = normal(*over_time, heads, width).astype(dtype)
-    return call, d_y, normal(batch, groups, heads, width, states)
+from pallas_kernels.ssd import tpu_layout
 
 
 def kernels(call, d_y, d_state, **knobs):
@@ -64,29 +27,10 @@ def kernels(call, d_y, d_state, **knobs):
     return y, state, tpu.backward(call, starts, d_y, d_state, **knobs)
 
 
-@QUICKLY
-def definition(call, d_y, d_state):
-    def scan(floats):
-        return ref.scan(floats._replace(fresh=call.fresh))
-
-    floats = jax.tree.map(lambda x: x.astype(jnp.float32), call._replace(fresh=None))
-    (y, state), back = jax.vjp(scan, floats)
-    return y, state, back((d_y.astype(jnp.float32), d_state))[0]
-
-
 def assert_equal(arrays, bound, *, interpret: Any = True):
     assert tpu.unsupported(arrays[0]) is None
     run = QUICKLY(functools.partial(kernels, interpret=interpret))
-    got, wanted = run(*arrays), definition(*arrays)
-    names = ("y", "state", *Inputs._fields)
-    pairs = zip(names, (*got[:2], *got[2]), (*wanted[:2], *wanted[2]), strict=True)
-    for name, a, b in pairs:
-        assert (a is None) == (b is None), name
-        if a is None:
-            continue
-        assert a.shape == b.shape and bool(jnp.all(jnp.isfinite(a))), name
-        far = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
-        assert far <= bound * np.abs(b).max(), (name, far / np.abs(b).max())
+    assert_near(run(*arrays), definition(*arrays), bound)
 
 
 CASES: dict[str, tuple] = {
@@ -100,12 +44,6 @@ CASES: dict[str, tuple] = {
 def stage(name, describe):
     """Marks a test as a case of a stage of these kernels."""
     return pytest.mark.stage("ssd", "pallas_tpu", name, describe)
-
-
-def sizes(shape, dtype: Any = "float32") -> str:
-    letters = zip("BTGRPN", shape, strict=True)
-    numbers = " ".join(f"{letter}={size}" for letter, size in letters)
-    return f"{numbers} {getattr(dtype, '__name__', dtype)}"
 
 
 @stage("interpreted", lambda name: f"{name}: {sizes(CASES[name][0])}")

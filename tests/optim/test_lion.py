@@ -8,19 +8,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from jaxzoo.nn.program_evolution import _mutate, evolve
-from jaxzoo.nn.update_programs import LION, Program, run_program, simplify
+from jaxzoo.nn.update_programs import ADAMW, LION, Program, run_program, simplify
 from jaxzoo.optim.lion import lion, scale_by_lion
-
-ADAMW = Program.parse("""
-    m = interp(g, m, 0.9)
-    a = square(g)
-    v = interp(a, v, 0.999)
-    b = sqrt(v)
-    update = divide(m, b)
-    c = multiply(w, 0.01)
-    update = add(update, c)
-    update = multiply(update, lr)
-""")
 
 
 def gradients(steps=5, shape=(3, 4)):

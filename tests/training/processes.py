@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.training.kill import environment
+
 REPO = Path(__file__).resolve().parents[2]
 SITTING = Path(__file__).with_name("processes_sitting.py")  # what is killed
 HEARTBEAT = 4.0
@@ -106,19 +108,6 @@ class Launched:
             except OSError:
                 continue
         return found
-
-
-def environment(cache: Path) -> dict[str, str]:
-    """What the launcher and its processes need."""
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}",
-    }
 
 
 def free_port() -> int:

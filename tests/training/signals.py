@@ -10,7 +10,6 @@ reached saved, and every run as an undisturbed one does.
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import random
 import shutil
@@ -25,13 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# By its path: the tests are no package.
-SPEC = importlib.util.spec_from_file_location(
-    "jaxzoo_tests_kill", Path(__file__).with_name("kill.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-kill = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(kill)
+from tests.training import kill
 
 KINDS = {"SIGTERM": 75, "SIGINT": 130, "SIGINT twice": 130}  # exit status
 TWICE = "SIGINT twice"

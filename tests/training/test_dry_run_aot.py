@@ -1,6 +1,5 @@
 """The dry run with the vendors' compilers: needs their wheels, no TPU and no GPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,13 +16,7 @@ from jaxzoo.training.chips import chip
 from jaxzoo.training.forecast import forecast
 from jaxzoo.training.forecast_page import advice
 from jaxzoo.training.traffic import traffic
-
-SPEC = importlib.util.spec_from_file_location(
-    "jaxzoo_tests_toy", Path(__file__).with_name("toy.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-toy = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(toy)
+from tests.training import toy
 
 REPO = Path(__file__).resolve().parents[2]
 HOW = "needs the compiler: pip install 'jax[tpu]' jax-cuda13-plugin jax-cuda13-pjrt"

@@ -5,7 +5,6 @@ at length.
 """
 
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,14 +19,7 @@ import pytest
 
 from jaxzoo.training.checkpoint import Checkpoints, verify
 from jaxzoo.training.record import Claim, Report, RunFolderError
-
-# By its path: the tests are no package.
-SPEC = importlib.util.spec_from_file_location(
-    "jaxzoo_tests_kill", Path(__file__).with_name("kill.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-kill = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(kill)
+from tests.training import kill
 
 STEPS = 25  # five saves, three deletions
 

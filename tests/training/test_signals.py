@@ -4,11 +4,9 @@ Rows R3 and R4 of the reliability matrix. `python -m tests.training.signals` doe
 at length.
 """
 
-import importlib.util
 import os
 import signal
 import threading
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +15,7 @@ from jax import lax
 
 from jaxzoo.training.checkpoint import Checkpoints
 from jaxzoo.training.loop import Stopped, train
-
-# By its path: the tests are no package.
-SPEC = importlib.util.spec_from_file_location(
-    "jaxzoo_tests_signals", Path(__file__).with_name("signals.py")
-)
-assert SPEC is not None and SPEC.loader is not None
-signals = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(signals)
+from tests.training import signals
 
 
 @pytest.mark.parametrize(("processes", "count"), [(1, 4), (2, 3)])
