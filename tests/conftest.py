@@ -1,5 +1,6 @@
 """Eight pretend CPU devices, strict shapes and exact matrix products for every test."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -30,6 +31,10 @@ _HOME = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 compile_cache.enable(_HOME / "jaxzoo" / "tests")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Traces are millions of objects and hardly any cycles: looking for cycles as often as
+# Python does takes a tenth of what is left of the time.
+gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
