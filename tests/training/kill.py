@@ -14,16 +14,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.training import forked
+from tests.training.forked import REPO
+
 SITTING = Path(__file__).with_name("kill_sitting.py")  # what is killed
 FAMILIES = ("vae", "classifier", "contrastive")
 CRASH_POINTS = (
@@ -87,16 +88,11 @@ class Run(NamedTuple):
     cache: Path
     num_steps: int = NUM_STEPS
 
-    def start(self, crash_at: str = "") -> subprocess.Popen:
+    def start(self, crash_at: str = "") -> Any:
         """Starts a sitting; it ends by itself, by a crash point or by a signal."""
-        words = ["--family", self.family, "--steps", str(self.num_steps)]
-        return subprocess.Popen(
-            [sys.executable, SITTING, self.folder, *words],
-            env=environment(self.cache, crash_at),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = ["--family", self.family, "--steps", self.num_steps]
+        env = environment(self.cache, crash_at)
+        return forked.start([SITTING, self.folder, *words], env)
 
     def sit(self, crash_at: str = "", *, code: int = 0) -> str:
         """One sitting to its own end; returns what it printed."""
@@ -285,8 +281,7 @@ def total(parts: list[Figures]) -> Figures:
     )
 
 
-def _wait_for_begin(process: subprocess.Popen) -> None:
-    assert process.stdout is not None
+def _wait_for_begin(process: Any) -> None:
     while (line := process.stdout.readline()) and line.strip() != BEGIN:
         pass
 

@@ -15,7 +15,7 @@ def sit(folder: Path, family: str, num_steps: int) -> None:
     from jaxzoo.training import record
     from jaxzoo.training.loop import train
 
-    step, state, batch_at = {
+    step, start, batch_at = {
         "vae": _vae,
         "classifier": _classifier,
         "contrastive": _contrastive,
@@ -52,7 +52,7 @@ def sit(folder: Path, family: str, num_steps: int) -> None:
         run,
         "fit",
         step,
-        state,
+        start,
         batches,
         num_steps=num_steps,
         log_every=LOG_EVERY,
@@ -91,17 +91,17 @@ def _vae() -> tuple[Any, Any, Any]:
         flips = rng.random((16, 64)) < 0.1
         return (prototype[rng.integers(4, size=16)] ^ flips).astype(np.float32)
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "encoder": encoder.init(keys[0], jnp.zeros((1, 64))),
-        "decoder": decoder.init(keys[1], jnp.zeros((1, 4))),
-    }
     optimizer = optax.adam(1e-3)
-    return (
-        update_step(loss, optimizer),
-        init_state(keys[2], params, optimizer),
-        batch_at,
-    )
+
+    def start():
+        keys = jax.random.split(jax.random.key(0), 3)
+        params = {
+            "encoder": encoder.init(keys[0], jnp.zeros((1, 64))),
+            "decoder": decoder.init(keys[1], jnp.zeros((1, 4))),
+        }
+        return init_state(keys[2], params, optimizer)
+
+    return update_step(loss, optimizer), start, batch_at
 
 
 def _classifier() -> tuple[Any, Any, Any]:
@@ -152,9 +152,12 @@ def _classifier() -> tuple[Any, Any, Any]:
         x = centres[y] + rng.normal(size=(16, 16))
         return {"x": x.astype(np.float32), "y": y}
 
-    variables = net.init(jax.random.key(0), jnp.zeros((2, 16)), jax.random.key(1))
-    state = init_state(jax.random.key(2), variables["params"], optimizer)
-    return step, {**state, "batch_stats": variables["batch_stats"]}, batch_at
+    def start():
+        variables = net.init(jax.random.key(0), jnp.zeros((2, 16)), jax.random.key(1))
+        state = init_state(jax.random.key(2), variables["params"], optimizer)
+        return {**state, "batch_stats": variables["batch_stats"]}
+
+    return step, start, batch_at
 
 
 def _contrastive() -> tuple[Any, Any, Any]:
@@ -203,10 +206,13 @@ def _contrastive() -> tuple[Any, Any, Any]:
     def batch_at(t):
         return np.random.default_rng((3, t)).normal(size=(16, 16)).astype(np.float32)
 
-    params = net.init(jax.random.key(0), jnp.zeros((1, 16)))
-    queue = jax.random.normal(jax.random.key(1), (64, 8)) / np.sqrt(8)
-    state = init_state(jax.random.key(2), params, optimizer)
-    return step, {**state, "ema": params, "queue": queue}, batch_at
+    def start():
+        params = net.init(jax.random.key(0), jnp.zeros((1, 16)))
+        queue = jax.random.normal(jax.random.key(1), (64, 8)) / np.sqrt(8)
+        state = init_state(jax.random.key(2), params, optimizer)
+        return {**state, "ema": params, "queue": queue}
+
+    return step, start, batch_at
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.training import kill
+from tests.training import forked, kill
 
 KINDS = {"SIGTERM": 75, "SIGINT": 130, "SIGINT twice": 130}  # exit status
 TWICE = "SIGINT twice"
@@ -68,16 +68,17 @@ class Pace(NamedTuple):
 class Run(kill.Run):
     """As of `kill`, with the number of processes for the family."""
 
-    def start(self, crash_at: str = "", *words: str) -> subprocess.Popen:
+    def start(self, crash_at: str = "", *words: str) -> Any:
         """Starts a sitting; it ends by itself or by a signal."""
-        command = [sys.executable, __file__, "--sit", str(self.folder)]
+        command = [__file__, "--sit", str(self.folder)]
         command += ["--steps", str(self.num_steps), *words]
-        if self.family != "1":
-            launcher = [sys.executable, "-m", "jaxzoo.training.launch", "--local"]
-            command = [*launcher, self.family, "--", *command]
+        env = kill.environment(self.cache, crash_at)
+        if self.family == "1":
+            return forked.start(command, env)
+        launcher = [sys.executable, "-m", "jaxzoo.training.launch", "--local"]
         return subprocess.Popen(
-            command,
-            env=kill.environment(self.cache, crash_at),
+            [*launcher, self.family, "--", sys.executable, *command],
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -102,7 +103,7 @@ class Run(kill.Run):
         save, end = map(float, self.folder.with_suffix(".watch").read_text().split())
         return Pace(compilation, statistics.median(calls), save, ended - end)
 
-    def wait_for(self, step: int, process: subprocess.Popen) -> None:
+    def wait_for(self, step: int, process: Any) -> None:
         """Waits until this sitting has asked for the batch of a step."""
         before = len(self.times())
         while process.poll() is None:

@@ -1,16 +1,14 @@
 """Processes that write into a bucket and end as if killed go on to the same bits."""
 
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from jaxzoo.training import commit, folder, manifest
 from jaxzoo.training.checkpoint import digest, verify
-from tests.training import bucket, bucket_tests
+from tests.training import bucket, bucket_tests, forked, kill
 from tests.training.bucket_tests import at, lines
 
 served = pytest.fixture(scope="module")(bucket_tests.served)
@@ -33,23 +31,19 @@ def undisturbed(served, run_it):
 
 
 def start(cache, *words, processes=1, **env):
-    command = [sys.executable, bucket.__file__, "full", *words]
-    if processes > 1:
-        local = ["-m", "jaxzoo.training.launch", "--local", str(processes), "--"]
-        command = [sys.executable, *local, *command]
-    env = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        **env,
-    }
+    command = [bucket.__file__, "full", *words]
+    env = {**kill.environment(cache), **env}
+    if processes == 1:
+        process = forked.start(command, env)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+    local = ["-m", "jaxzoo.training.launch", "--local", str(processes), "--"]
+    command = [sys.executable, *local, sys.executable, *command]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
-    ("kill", "saved"),
+    ("ends", "saved"),
     [
         ({"KILL_AT": "17"}, 10),  # between two saves
         ({"JAXZOO_CRASH_AT": "save.manifest:3"}, 10),
@@ -58,10 +52,10 @@ def start(cache, *words, processes=1, **env):
     ids=["steps", "save", "clean"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
-    undisturbed, objects, run_it, kill, saved
+    undisturbed, objects, run_it, ends, saved
 ):
     words = ["--save-every", "0", "--run-dir", "gs://runs-bucket/run"]
-    assert run_it(*words, **kill).returncode == 137
+    assert run_it(*words, **ends).returncode == 137
     where = folder.locate("gs://runs-bucket/run")
     steps = commit.committed(where / "checkpoints" / "fit")
     assert steps and steps[-1] <= saved

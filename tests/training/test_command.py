@@ -221,11 +221,14 @@ def test_a_smoke_run_alone_compiles_in_brief(here, monkeypatch):
     assert seen == [True, False] and not brief()
 
 
-EIGHT = "--xla_force_host_platform_device_count=8"
+@pytest.fixture
+def twelve(monkeypatch):
+    """Examples in a batch, of a module that is imported after it."""
+    monkeypatch.setenv("SIZE", "12")
 
 
-def test_a_mesh_is_named_on_the_command_line(tree):
-    call(tree, "--mesh", "tensor=8", XLA_FLAGS=EIGHT)
+def test_a_mesh_is_named_on_the_command_line(here):
+    assert here("--mesh", "tensor=8")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -236,8 +239,9 @@ def test_a_mesh_is_named_on_the_command_line(tree):
         ([], "the batch has 12 examples, which cannot be split evenly over data x"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_a_sentence(tree, words, message):
-    assert message in call(tree, *words, code=2, XLA_FLAGS=EIGHT, SIZE="12").stderr
+def test_a_mesh_that_does_not_fit_is_a_sentence(twelve, here, words, message):
+    status, _, err = here(*words)
+    assert status == 2 and message in err
 
 
 def test_a_number_that_is_not_finite_is_a_sentence(tree):
@@ -253,6 +257,6 @@ def test_a_number_that_is_not_finite_is_a_sentence(tree):
         (["--non-finite", "ignore"], "invalid choice 'ignore'"),
     ],
 )
-def test_options_that_are_wrong_are_a_sentence(tree, words, message):
-    done = call(tree, *words, code=2)
-    assert message in " ".join(done.stderr.replace("\u2502", " ").split())
+def test_options_that_are_wrong_are_a_sentence(here, words, message):
+    status, _, err = here(*words)
+    assert status == 2 and message in " ".join(err.replace("\u2502", " ").split())

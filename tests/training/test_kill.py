@@ -19,7 +19,7 @@ import pytest
 
 from jaxzoo.training.checkpoint import Checkpoints, verify
 from jaxzoo.training.record import Claim, Report, RunFolderError
-from tests.training import kill
+from tests.training import forked, kill
 
 STEPS = 25  # five saves, three deletions
 
@@ -79,14 +79,13 @@ def test_a_step_is_always_restorable_however_few_are_kept(tmp_path, keep, how):
     """R2 below the loop, which keeps two: a crash at the second pass of each point."""
 
     def save(point, crash_at=""):
-        return subprocess.Popen(
-            [sys.executable, "-c", SAVES, str(tmp_path / point), str(keep), how],
-            env=kill.environment(tmp_path / "cache", crash_at),
-        )
+        env = kill.environment(tmp_path / "cache", crash_at)
+        return forked.start(["-c", SAVES, tmp_path / point, keep, how], env)
 
     crashed = {point: save(point, f"{point}:2") for point in kill.CRASH_POINTS}
     for point, process in crashed.items():
-        assert process.wait() == 137, point
+        said = process.communicate()
+        assert process.returncode == 137, (point, said)
         assert verify(tmp_path / point) == []
         # The first deletion follows commit keep + 1.
         newest = {"save.committed": 2, "clean.renamed": keep + 2}.get(point, 1)
@@ -95,7 +94,8 @@ def test_a_step_is_always_restorable_however_few_are_kept(tmp_path, keep, how):
     for point in crashed:
         crashed[point] = save(point)
     for point, process in crashed.items():
-        assert process.wait() == 0, point
+        said = process.communicate()
+        assert process.returncode == 0, (point, said)
         with Checkpoints(tmp_path / point, keep=keep) as checkpoints:
             assert checkpoints.steps() == list(range(7 - keep, 7)), point
             like = {"w": jax.ShapeDtypeStruct((300,), np.int32)}
@@ -165,14 +165,9 @@ def test_the_lock_goes_with_the_process(open_run, single, tmp_path):
         "raise SystemExit(3)\n"
     )
     folder = tmp_path / "other"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(kill.REPO)},
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 3, done.stderr
+    process = forked.start(["-c", code, folder], kill.environment(tmp_path / "cache"))
+    said = process.communicate()
+    assert process.returncode == 3, said
     assert (folder / "config.json").exists()
     assert not (folder / "lock.json").exists()
 
