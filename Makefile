@@ -30,8 +30,12 @@ test: .venv/installed-dev
 	TESTS_SINCE="$${TESTS_SINCE-.ci/passed}" \
 	  TESTS_UNTIL="$${TESTS_UNTIL-$$(($$(date +%s) + 60 * $(MINUTES)))}" \
 	  $(BIN)/python -m pytest $(FIRST) --dist worksteal tests jaxzoo pallas_kernels
-	# By themselves, since tests compile in haste and notebooks train for minutes.
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake notebooks
+	# By themselves, since tests compile in haste and notebooks train for minutes; the
+	# last ones, which are the longest, first. What they compile is kept, too.
+	JAX_COMPILATION_CACHE_DIR="$${XDG_CACHE_HOME:-$$HOME/.cache}/jaxzoo/notebooks" \
+	  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 \
+	  $(BIN)/python -m pytest --numprocesses $(WORKERS) --nbmake \
+	  $$(ls -r notebooks/*.ipynb)
 
 test-all:
 	TESTS_SINCE= $(MAKE) test

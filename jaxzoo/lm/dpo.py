@@ -67,6 +67,7 @@ Kind = Literal[
     "apo_down", "aot", "discopop",
 ]  # fmt: skip
 Rows = Float[ArrayLike, " batch"]
+Scalar = float | Float[ArrayLike, ""]  # an array may be traced, as by a sweep in vmap
 
 
 @typed
@@ -77,7 +78,7 @@ def dpo_loss(
     reference_rejected: Rows | None = None,
     *,
     where: Bool[ArrayLike, " batch"] | None = None,
-    beta: float = 0.1,
+    beta: Scalar = 0.1,
     loss: Kind = "sigmoid",
     label_smoothing: float = 0.0,
     divergence: Literal["reverse_kl", "forward_kl", "js"] = "reverse_kl",
@@ -161,7 +162,7 @@ def plackett_luce_loss(
     reference: Float[ArrayLike, "batch ranks"] | None = None,
     *,
     where: Bool[ArrayLike, " batch"] | None = None,
-    beta: float = 0.1,
+    beta: Scalar = 0.1,
     axis_name: AxisName = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """DPO of whole rankings: each response is chosen from those that are left.
@@ -201,7 +202,7 @@ def optimal_policy(
     log_reference: Float[ArrayLike, "*batch actions"],
     reward: Float[ArrayLike, "*batch actions"],
     *,
-    beta: float = 0.1,
+    beta: Scalar = 0.1,
 ) -> tuple[Float[Array, "*batch actions"], dict[str, Array]]:
     """The policy that earns most, less beta times its KL from the reference.
 
@@ -272,7 +273,7 @@ def _sorted_margin(
 
 
 def _pair_loss(
-    loss: Kind, h: Array, c: Array, r: Array, b: float, e: float, centre: Array
+    loss: Kind, h: Array, c: Array, r: Array, b: Scalar, e: float, centre: Array
 ) -> Array:
     wins, loses = jax.nn.log_sigmoid(b * h), jax.nn.log_sigmoid(-b * h)
     if loss in ("sigmoid", "aot"):

@@ -207,6 +207,14 @@ def test_extreme_rewards_keep_gradients_finite():
     assert dpo_loss(*args, where=jnp.zeros(8, bool))[0] == 0
 
 
+def test_a_sweep_over_beta_is_one_program():
+    pairs = np.float32(np.random.default_rng(5).normal(size=(4, 6)))
+    betas = jnp.array([0.1, 1.0, 10.0])
+    swept = jax.jit(jax.vmap(lambda beta: dpo_loss(*pairs, beta=beta)[0]))(betas)
+    each = [dpo_loss(*pairs, beta=beta)[0] for beta in (0.1, 1.0, 10.0)]
+    np.testing.assert_allclose(swept, each, rtol=1e-6)
+
+
 def test_bad_input_is_named():
     args = [jnp.asarray(x, jnp.float32) for x in pairs()]
     for name, value in (("beta", 0.0), ("beta", -1.0), ("label_smoothing", 0.5)):
