@@ -65,17 +65,27 @@ def draw_sprites(
     if not np.isin(columns[0], range(len(SHAPES))).all():
         raise ValueError(f"shape has an entry outside 0..{len(SHAPES) - 1}.")
     points = (np.arange(size * _SAMPLES) + 0.5) / (size * _SAMPLES)
-    kind, scale, angle, x, y = (c[:, None, None] for c in columns)
-    right, up = points[None, None] - x, y - points[None, :, None]
-    u = (np.cos(angle) * right + np.sin(angle) * up) / scale
-    v = (np.cos(angle) * up - np.sin(angle) * right) / scale
-    inside = np.where(kind == 0, np.maximum(abs(u), abs(v)) <= 1.0, False)
-    inside |= (kind == 1) & ((u / 1.4) ** 2 + (v / 0.8) ** 2 <= 1.0)
-    # The curve (a^2 + b^2 - 1)^3 = a^2 b^3, which is a heart, moved to its middle.
-    a, b = u, v + 0.1
-    inside |= (kind == 2) & ((a**2 + b**2 - 1.0) ** 3 <= a**2 * b**3)
+    inside = np.empty((len(columns[0]), len(points), len(points)), bool)
+    for kind in range(len(SHAPES)):
+        rows = columns[0] == kind
+        scale, angle, x, y = (c[rows, None, None] for c in columns[1:])
+        right, up = points[None, None] - x, y - points[None, :, None]
+        u = (np.cos(angle) * right + np.sin(angle) * up) / scale
+        v = (np.cos(angle) * up - np.sin(angle) * right) / scale
+        inside[rows] = _is_inside(kind, u, v)
     covered = inside.reshape(-1, size, _SAMPLES, size, _SAMPLES).mean((2, 4))
     return np.round(255.0 * covered).astype(np.uint8)
+
+
+def _is_inside(kind: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points, in units of the scale from the centre, are of the shape."""
+    if kind == 0:
+        return np.maximum(abs(u), abs(v)) <= 1.0
+    if kind == 1:
+        return (u / 1.4) ** 2 + (v / 0.8) ** 2 <= 1.0
+    # The curve (a^2 + b^2 - 1)^3 = a^2 b^3, which is a heart, moved to its middle.
+    a, b = u, v + 0.1
+    return (a**2 + b**2 - 1.0) ** 3 <= a**2 * b**3
 
 
 def sprites(*, size: int = 16, seed: int = 0) -> Dataset:
@@ -132,7 +142,8 @@ def flat_sprites(*, is_upright: bool = False) -> tuple[np.ndarray, np.ndarray]:
     >>> x.shape, factors.max(axis=0).tolist()
     ((576, 256), [2, 2, 7, 7])
     """
-    both = [sprites().split(name).arrays for name in ("train", "test")]
+    whole = sprites()
+    both = [whole.split(name).arrays for name in ("train", "test")]
     image, factors = (
         np.concatenate([part[name] for part in both]) for name in ("image", "factors")
     )
