@@ -42,7 +42,9 @@ class Forked:
     def poll(self) -> int | None:
         """The exit status, minus the signal where one ended it; None while it runs."""
         if self.returncode is None and self._has_ended(0):
-            self.returncode = int(os.read(self._status, 16))
+            told = os.read(self._status, 16)
+            assert told, "the process that forks has ended"
+            self.returncode = int(told)
             os.close(self._status)
         return self.returncode
 
@@ -63,7 +65,9 @@ class Forked:
                 said[pipe] = pipe.read()
 
         pipes = self.stdout, self.stderr
-        threads = [threading.Thread(target=read, args=[pipe]) for pipe in pipes]
+        threads = [
+            threading.Thread(target=read, args=[pipe], daemon=True) for pipe in pipes
+        ]
         for thread in threads:
             thread.start()
         self.wait(timeout)

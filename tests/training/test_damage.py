@@ -84,7 +84,7 @@ def test_no_flipped_bit_goes_unseen(pristine, copy, states):
         good = path.read_bytes()
         flip(path, rng)
         hit[path.name == "MANIFEST.json"] += 1
-        damage = verify(folder)
+        damage = verify(step)
         if damage:
             assert len(damage) == 1
             assert_named(damage, path, step)

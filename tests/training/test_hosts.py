@@ -213,30 +213,27 @@ def test_each_process_loads_its_rows_and_all_of_them_are_the_batch(net, tmp_path
         assert first[t] + second[t] == whole[t]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
-)
-def test_a_signal_stops_all_at_the_same_step(net, alone, number, code):
-    words = ("--reproducible", "--mesh", "fsdp=4")
-    process = net.start(2, 2, *words, SLOW="0.05", SAVE_EVERY="0")
-    net.wait_for_step(4)
-    process.send_signal(number)
-    told = net.end(process, code)
-    assert "Stopped at step" in told
-    net(2, 2, *words)
-    assert (net.digest(), net.rows()) == alone
-
-
 def children(pid):
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_all_and_the_restart_is_bit_identical(net, alone, rank):
+@pytest.mark.parametrize(
+    ("number", "code", "rank"), [(signal.SIGTERM, 75, 0), (signal.SIGINT, 130, 1)]
+)
+def test_what_is_stopped_and_then_killed_goes_on_to_the_same_bits(
+    net, alone, number, code, rank
+):
+    """One after the other, since starting all processes is what takes the time."""
     words = ("--reproducible", "--mesh", "fsdp=4")
-    process = net.start(2, 2, *words, SLOW="0.15", SAVE_EVERY="0")
-    net.wait_for_step(8)
+    knobs = {"SLOW": "0.15", "SAVE_EVERY": "0"}
+    process = net.start(2, 2, *words, **knobs)
+    net.wait_for_step(4)
+    process.send_signal(number)
+    assert "Stopped at step" in net.end(process, code)  # the same one for all
+
+    process = net.start(2, 2, *words, **knobs)
+    net.wait_for_step(12)
     victim = sorted(children(process.pid))[rank]
     os.kill(victim, signal.SIGKILL)
     begin = time.monotonic()
@@ -245,6 +242,7 @@ def test_a_killed_process_ends_all_and_the_restart_is_bit_identical(net, alone, 
     assert process.returncode == 70, out + err
     assert f"rank {rank} (pid {victim}" in err and "SIGKILL" in err and "of fit" in err
     assert "stack trace" not in err and "Traceback" not in err, err
+
     net(2, 2, *words)
     assert (net.digest(), net.rows()) == alone
 
