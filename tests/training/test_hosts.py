@@ -153,13 +153,15 @@ class Net:
         text = (self.folder / run / "metrics.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
-    def wait_for_step(self, step, run="run"):
+    def committed(self, run="run"):
+        """The newest step that is saved, 0 for none."""
         folder = self.folder / run / "checkpoints" / "fit"
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def wait_for_step(self, step, run="run"):
         for _ in range(600):
-            if folder.exists() and any(
-                path.name.isdecimal() and int(path.name) >= step
-                for path in folder.iterdir()
-            ):
+            if self.committed(run) >= step:
                 return
             time.sleep(0.1)
         raise AssertionError(f"step {step} was not reached")
@@ -226,14 +228,15 @@ def test_what_is_stopped_and_then_killed_goes_on_to_the_same_bits(
 ):
     """One after the other, since starting all processes is what takes the time."""
     words = ("--reproducible", "--mesh", "fsdp=4")
-    knobs = {"SLOW": "0.15", "SAVE_EVERY": "0"}
+    knobs = {"SLOW": "0.2", "SAVE_EVERY": "0"}
     process = net.start(2, 2, *words, **knobs)
     net.wait_for_step(4)
     process.send_signal(number)
     assert "Stopped at step" in net.end(process, code)  # the same one for all
 
+    stopped = net.committed()
     process = net.start(2, 2, *words, **knobs)
-    net.wait_for_step(12)
+    net.wait_for_step(stopped + 4)
     victim = sorted(children(process.pid))[rank]
     os.kill(victim, signal.SIGKILL)
     begin = time.monotonic()
