@@ -67,7 +67,7 @@ Kind = Literal[
     "apo_down", "aot", "discopop",
 ]  # fmt: skip
 Rows = Float[ArrayLike, " batch"]
-Scalar = float | Float[ArrayLike, ""]  # an array may be traced, as by a sweep in vmap
+Scalar = float | Float[Array, ""]  # an array may be traced, as by a sweep in vmap
 
 
 @typed

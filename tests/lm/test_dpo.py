@@ -208,7 +208,7 @@ def test_extreme_rewards_keep_gradients_finite():
 
 
 def test_a_sweep_over_beta_is_one_program():
-    pairs = np.float32(np.random.default_rng(5).normal(size=(4, 6)))
+    pairs = np.random.default_rng(5).normal(size=(4, 6)).astype(np.float32)
     betas = jnp.array([0.1, 1.0, 10.0])
     swept = jax.jit(jax.vmap(lambda beta: dpo_loss(*pairs, beta=beta)[0]))(betas)
     each = [dpo_loss(*pairs, beta=beta)[0] for beta in (0.1, 1.0, 10.0)]

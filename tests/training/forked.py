@@ -140,9 +140,10 @@ def _server(settings: tuple[tuple[str, str], ...]) -> socket.socket:
 def _serve(orders: socket.socket) -> dict[str, Any]:
     """Forks at every order; returns in the fork, with the order."""
     running: dict[int, tuple[int, int]] = {}  # by what tells of their end
+    order_comes = orders.fileno()
     while True:
-        for ready in select.select([orders, *running], [], [])[0]:
-            if ready is not orders:
+        for ready in select.select([order_comes, *running], [], [])[0]:
+            if ready != order_comes:
                 pid, status = running.pop(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 os.write(status, str(code).encode())
