@@ -11,6 +11,7 @@ Python does, and its exit status is its own.
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -28,6 +29,15 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[2]
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MOST = 1 << 17  # bytes of an order
+IMPORTED = (
+    "flax.linen",
+    "matplotlib.pyplot",
+    "optax",
+    "orbax.checkpoint",
+    "jaxzoo.training.command",
+    "jaxzoo.training.loop",
+    "jaxzoo.training.plots",
+)
 
 
 class Forked:
@@ -154,7 +164,9 @@ def _serve(orders: socket.socket) -> dict[str, Any]:
             if not order:
                 sys.exit()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # jax warns of every fork
+                # jax warns of every fork. Python warns where there are threads to lose,
+                # and is heard.
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
                 pid = os.fork()
             if not pid:
                 orders.close()
@@ -185,13 +197,6 @@ def _become(order: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import flax.linen  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import optax  # noqa: F401
-    import orbax.checkpoint  # noqa: F401
-
-    import jaxzoo.training.command
-    import jaxzoo.training.loop
-    import jaxzoo.training.plots  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

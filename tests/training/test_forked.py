@@ -43,14 +43,16 @@ def test_an_error_is_told_and_a_signal_is_the_end(start):
     process.kill()  # nobody is there, and nobody minds
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
 def test_jax_is_there_and_has_no_thread_that_a_fork_could_lose(start, tmp_path):
     program = (
         "import os, sys\n"
-        "print('jax' in sys.modules, len(os.listdir('/proc/self/task')))\n"
+        "print('jax' in sys.modules)\n"
+        "if sys.platform == 'linux': assert len(os.listdir('/proc/self/task')) == 1\n"
         "import jax\n"
         "from jax._src import xla_bridge\n"
         "print(len(xla_bridge._backends), jax.config.jax_compilation_cache_dir)\n"
     )
     out, err = start("-c", program).communicate(timeout=60)
-    assert out == f"True 1\n0 {tmp_path / 'cache'}\n", err
+    # Elsewhere a process starts as any does.
+    is_forked = sys.platform == "linux"
+    assert (out, err) == (f"{is_forked}\n0 {tmp_path / 'cache'}\n", "")
