@@ -119,8 +119,9 @@ def start(words: Sequence[Any], env: Mapping[str, str]) -> Any:
     socket.send_fds(orders, [order], [end for _, end in pipes])
     for _, end in pipes:
         os.close(end)
-    pid = int(orders.recv(16))
-    return Forked(pid, *(end for end, _ in pipes))
+    pid = orders.recv(16)
+    assert pid, "the process that forks has ended"
+    return Forked(int(pid), *(end for end, _ in pipes))
 
 
 @functools.cache
@@ -164,8 +165,7 @@ def _serve(orders: socket.socket) -> dict[str, Any]:
             if not order:
                 sys.exit()
             with warnings.catch_warnings():
-                # jax warns of every fork. Python warns where there are threads to lose,
-                # and is heard.
+                # jax warns of every fork, with threads or without.
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
                 pid = os.fork()
             if not pid:
@@ -199,4 +199,6 @@ def _become(order: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        sys.exit(f"There are {threads} threads once all is imported: forks lose them.")
     _become(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -43,11 +43,10 @@ def test_an_error_is_told_and_a_signal_is_the_end(start):
     process.kill()  # nobody is there, and nobody minds
 
 
-def test_jax_is_there_and_has_no_thread_that_a_fork_could_lose(start, tmp_path):
+def test_jax_is_there_and_has_touched_no_device(start, tmp_path):
     program = (
-        "import os, sys\n"
+        "import sys\n"
         "print('jax' in sys.modules)\n"
-        "if sys.platform == 'linux': assert len(os.listdir('/proc/self/task')) == 1\n"
         "import jax\n"
         "from jax._src import xla_bridge\n"
         "print(len(xla_bridge._backends), jax.config.jax_compilation_cache_dir)\n"
