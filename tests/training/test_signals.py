@@ -70,9 +70,9 @@ def test_no_call_begins_after_a_signal(open_run, slow_state, signum):
         return np.full(8, 0.5, np.float32)
 
     with pytest.raises(Stopped) as stopped:
-        train(run, "fit", slow_step, slow_state, batches, num_steps=9, log_every=1)
+        train(run, "fit", slow_step, slow_state, batches, num_steps=40, log_every=1)
     assert stopped.value.signum == signum
     # Where the suite runs beside it the timer may be late, and 4 more than 3.
     assert begun[-1] < sent[0] + 0.1
     with Checkpoints(run.folder / "checkpoints" / "fit") as checkpoints:
-        assert checkpoints.latest() == len(begun) < 9
+        assert checkpoints.latest() == len(begun) < 40
